@@ -34,15 +34,10 @@ from tests.support.fake_runtime import FakeRuntime
 pytestmark = pytest.mark.slow
 SERVICE = Path(__file__).parents[2] / "service" / "sopdeploy_service"
 SIZE = 15_000  # bytes of a body; the test also sends twice as many
-HEADER_SIZE, URL_SIZE, LABEL_SIZE = (
-    4_000,
-    1_000,
-    4_900,
-)  # the server accepts 32,000, 8,000 and 10,000
-FREE_CALLS, FREE_BYTES = (
-    3_000,
-    300_000,
-)  # of any request, and what differs from one run to the next
+# The server accepts 32,000, 8,000 and 10,000
+HEADER_SIZE, URL_SIZE, LABEL_SIZE = (4_000, 1_000, 4_900)
+# Of any request, and what differs from one run to the next
+FREE_CALLS, FREE_BYTES = (3_000, 300_000)
 CALLS_PER_BYTE, BYTES_PER_BYTE = 10, 160  # two brackets become a list of almost 300 bytes
 
 
@@ -120,9 +115,8 @@ class Site(NamedTuple):
             elsewhere += event in {"call", "c_call"}
 
         parse_host.cache_clear()  # which a client can fill with other names
-        gc.collect(
-            1
-        )  # the tasks of earlier requests, which anyio lists, and whose end it would count
+        # The tasks of earlier requests, which anyio lists, and whose end it would count
+        gc.collect(1)
         gc.disable()
         counted = cProfile.Profile()
         tracemalloc.start()
@@ -217,7 +211,8 @@ VALUES: dict[str, Callable[[int], bytes]] = {
     "digits of an exponent": lambda size: b"1e" + b"0" * size + b"1",
 }
 INPUT = b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0]%b}]%b}'
-FIELDS = {  # by model: a request with `%b` in the place of the field
+# By model: a request with `%b` in the place of the field
+FIELDS = {
     ClassifyRequest: {
         "image": b'{"image": %b}',
         "images": b'{"images": %b}',
@@ -266,12 +261,14 @@ FIELDS = {  # by model: a request with `%b` in the place of the field
     },
 }
 INFER, VERSIONED = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
-MODELS = {  # routes that read JSON, and their models
+# Routes that read JSON, and their models
+MODELS = {
     "/v1/classify": ClassifyRequest,
     "/invocations": ClassifyRequest,
     INFER: InferBody,
 }
-UNLIMITED = {  # fields without a maximum length, which the size of the body limits
+# Fields without a maximum length, which the size of the body limits
+UNLIMITED = {
     "ClassifyRequest.image", "ClassifyRequest.images",  # base64 of images
     "InputTensor.data",  # its elements are typed in one pass
 }  # fmt: skip
@@ -308,9 +305,7 @@ def unlimited(schema: dict[str, Any], where: str) -> Iterator[str]:
         yield where
 
 
-def test_every_model_of_a_body_is_in_the_table_with_every_field_and_has_maximum_lengths() -> (
-    None
-):
+def test_every_model_of_a_body_is_listed_with_maximum_lengths() -> None:
     source = "".join(path.read_text("utf-8") for path in SERVICE.glob("api/**/*.py"))
     assert set(re.findall(r"parse_json\((\w+),", source)) == {
         model.__name__ for model in FIELDS
@@ -336,9 +331,7 @@ def path_of(route: str, bundle_id: str) -> str:
     ("route", "field"),
     [(route, field) for route, model in MODELS.items() for field in FIELDS[model]],
 )
-def test_any_value_in_a_field_of_json_costs_as_much_as_its_size(
-    service, bundle, route, field
-) -> None:
+def test_any_value_in_json_costs_as_much_as_its_size(service, bundle, route, field) -> None:
     path, template = path_of(route, bundle.manifest.id), FIELDS[MODELS[route]][field]
     statuses: set[int] = set()
     for value in VALUES.values():
@@ -436,7 +429,8 @@ V2_BODIES: dict[str, Callable[[int], tuple[dict[str, bytes], bytes]]] = {
     "a binary tensor without a size": lambda size: binary(INPUT % (b"", b""), bytes(size)),
     "too many encoded images": lambda size: binary(IMAGE_OF % (size, size), bytes(size)),
 }
-BODIES = {  # routes that read other bodies than JSON
+# Routes that read other bodies than JSON
+BODIES = {
     "/v1/classify": V1_BODIES,
     INFER: V2_BODIES,
 }
@@ -463,7 +457,8 @@ def test_any_body_costs_as_much_as_its_size(service, bundle, route, case) -> Non
         assert statuses == {200 if is_list else DAMAGED.status}
 
 
-HEADERS = {  # names of headers that the code reads, for the values of `HEADER_VALUES`
+# Names of headers that the code reads, for the values of `HEADER_VALUES`
+HEADERS = {
     "authorization", "x-api-key", "x-request-id", "x-request-timeout-ms", "x-request-attempt",
     "content-type", "content-encoding",
     "host", "origin", "sec-fetch-site", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-for",
@@ -493,6 +488,7 @@ def test_every_header_that_the_code_reads_is_in_the_table() -> None:
     source = "".join(path.read_text("utf-8") for path in SERVICE.rglob("*.py"))
     read = set(re.findall(r"headers\.get\(\s*\"([a-z-]+)\"", source))
     named = {value.lower() for value in re.findall(r"HEADER\w* = \"([A-Za-z-]+)\"", source)}
+
     assert read | named <= HEADERS | NOT_SENT
     assert set(re.findall(r"alias=(\w+)", source)) == {"HEADER_LENGTH"}
 
@@ -507,7 +503,7 @@ def test_any_header_costs_as_much_as_its_size(service, header) -> None:
         assert min(check_cost(service, HEADER_SIZE, request)) >= 400
 
 
-def test_names_and_schemes_that_a_proxy_forwards_cost_together_as_much_as_their_size(
+def test_forwarded_names_and_schemes_cost_as_much_as_their_size(
     service,
 ) -> None:
     """The origin is compared with each name and each scheme, and with no pair of them."""
@@ -536,14 +532,13 @@ QUERIES: dict[str, Callable[[int], bytes]] = {
 @pytest.mark.parametrize(
     "route", ["/v1/classify", "/invocations", "/v1/embed", INFER, VERSIONED]
 )
-def test_a_request_that_a_key_pays_for_takes_a_token_also_if_it_is_refused(
-    service, bundle, route
-) -> None:
+def test_a_refused_request_that_a_key_pays_for_takes_a_token(service, bundle, route) -> None:
     headers = {**service.limited, "content-type": b"application/json"}
     request = "POST", path_of(route, bundle.manifest.id), headers, b"{", b""
     before, after = (
         int(service.send(*request).headers["ratelimit-remaining"]) for _ in range(2)
     )
+
     assert after == before - 1
 
 

@@ -56,6 +56,7 @@ def test_each_setting_of_the_released_version_is_accepted_by_its_name() -> None:
     for field in Settings.model_fields.values():
         if isinstance(field.validation_alias, pydantic.AliasChoices):
             accepted |= {str(name) for name in field.validation_alias.choices}
+
     assert {*RELEASED.split()} - accepted == set()
 
 
@@ -89,6 +90,7 @@ def test_a_port_that_nothing_sets_is_the_one_of_the_platform(
     file.write_text(text)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+
     assert load_settings(file).port == expected
 
 
@@ -117,6 +119,7 @@ def test_an_invalid_environment_variable_or_assignment_is_named(monkeypatch):
     monkeypatch.setenv("SOPDEPLOY_PORT", "tcp://10.0.0.1:80")
     with pytest.raises(ConfigError, match=r"port.*enableServiceLinks"):
         load_settings()
+
     for text, problem in (
         ("port", "give it a value, port=VALUE"),
         ("prot=1", NO_NAME),
@@ -137,14 +140,12 @@ def test_an_invalid_environment_variable_or_assignment_is_named(monkeypatch):
         ("cuda:0", 2, 2),
     ],
 )
-def test_the_largest_batch_is_small_on_a_cpu_and_never_above_the_verified_one(
-    device, wanted, expected
-):
+def test_the_largest_batch_is_small_on_a_cpu_and_always_verified(device, wanted, expected):
     runtime = FakeRuntime(num_classes=2, largest_batch=64, device=device)
     assert largest_batch(runtime, Settings(max_batch=wanted)) == expected
 
 
-def test_a_process_on_the_cpu_beside_one_on_a_gpu_gets_the_runtime_for_cpus() -> None:
+def test_a_process_on_the_cpu_gets_the_runtime_for_cpus() -> None:
     on_cpu, on_gpu = list_devices(Settings(devices=("cpu", "0"), runtime="auto"))
     assert (on_cpu.settings.runtime, on_gpu.settings.runtime) == ("onnxruntime-cpu", "auto")
 

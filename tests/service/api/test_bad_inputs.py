@@ -204,7 +204,8 @@ def test_a_bad_request_is_rejected_and_the_next_request_succeeds(client, jpeg, n
 
 FILE_PART = b'--XX\r\nContent-Disposition: form-data; name="%b"; filename="%b"\r\n\r\n%b\r\n'
 PHOTO = picture_bytes()
-FORMS = {  # parts of a form with a photograph, as upload widgets and browsers send them
+# Parts of a form with a photograph, as upload widgets and browsers send them
+FORMS = {
     "a name of PHP": FILE_PART % (b"files[]", b"a.jpg", PHOTO),
     "a token": text_part("csrf", "abc") + FILE_PART % (b"image", b"a.jpg", PHOTO),
     "metadata under the same name": text_part("image", "{}")
@@ -217,7 +218,7 @@ FORMS = {  # parts of a form with a photograph, as upload widgets and browsers s
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_the_files_of_a_form_are_its_images_and_its_texts_are_options(client, name):
+def test_the_files_of_a_form_are_images_and_its_texts_options(client, name):
     headers = {"Content-Type": f"{FORM}; boundary=XX"}
     content = FORMS[name] + text_part("top_k", "2") + b"--XX--\r\n"
     for query, num_classes in (("", 2), ("?top_k=3", 3)):
@@ -225,7 +226,7 @@ def test_the_files_of_a_form_are_its_images_and_its_texts_are_options(client, na
         assert (reply.status_code, len(reply.json()["classes"])) == (200, num_classes)
 
 
-def test_what_others_add_to_an_address_or_to_the_headers_is_left_out(client, jpeg):
+def test_what_others_add_to_an_address_is_left_out(client, jpeg):
     for query in ("_=1732752000", "utm_source=x&utm_medium=y", "api-version=2024-01-01"):
         assert client.post(f"/v1/classify?{query}", content=jpeg).status_code == 200
     for coding in ("", "identity", "UTF-8"):
@@ -241,19 +242,20 @@ def test_a_large_body_without_a_length_is_rejected_while_it_arrives(client, jpeg
 
 
 @pytest.mark.parametrize(
-    ("content_type", "message"),
+    ("content_type", "is_of_several"),
     [
-        ("multipart/form-data; boundary=XX", "the images are together larger than"),
-        ("application/json", "the images are together larger than"),
-        ("image/jpeg", "larger than"),
+        ("multipart/form-data; boundary=XX", True),
+        ("application/json", True),
+        ("image/jpeg", False),
     ],
 )
-def test_a_body_that_is_too_large_is_named_as_what_it_is(client, content_type, message):
+def test_a_body_that_is_too_large_is_named_as_what_it_is(client, content_type, is_of_several):
     headers = {"Content-Type": content_type}
     body = bytes(20_000_001)
     reply = client.post("/v1/classify", content=body, headers=headers).json()
+
     assert (reply["status"], reply["code"]) == (413, "too_large")
-    assert reply["detail"].startswith(message)
+    assert ("images" in reply["detail"]) is is_of_several
 
 
 OTHER_PATHS = (
@@ -265,15 +267,13 @@ OTHER_PATHS = (
     ),
     *("GET /..%2f..%2f..%2fetc/passwd", "GET /%ff%fe"),
 )
-BAD_LINES = {  # status, and what the detail says
-    "GET /v1/classify": (
-        405,
-        "/v1/classify does not accept GET; use POST (/docs has examples)",
-    ),
-    "POST /": (405, "/ does not accept POST; send images to /v1/classify (/docs has examples)"),
-    "POST /livez": (405, "/livez does not accept POST; use GET, HEAD (/docs has examples)"),
-    "OPTIONS /v1/classify": (405, "use POST"),
-    "POST /classify": (404, "no such path; did you mean /v1/classify? /docs lists all"),
+# Status, and what the detail names
+BAD_LINES = {
+    "GET /v1/classify": (405, "POST"),
+    "POST /": (405, "/v1/classify"),
+    "POST /livez": (405, "GET, HEAD"),
+    "OPTIONS /v1/classify": (405, "POST"),
+    "POST /classify": (404, "/v1/classify"),
     **dict.fromkeys(
         (
             "POST /predict",
@@ -282,10 +282,10 @@ BAD_LINES = {  # status, and what the detail says
             "POST /v1/models/a:predict",
             "POST /predictions/a",
         ),
-        (404, "no such path; did you mean /v1/classify? /docs lists all"),
+        (404, "/v1/classify"),
     ),
-    "GET /nowhere": (404, "no such path; /docs lists all"),
-    **dict.fromkeys(OTHER_PATHS, (404, "no such path; ")),
+    "GET /nowhere": (404, "/docs"),
+    **dict.fromkeys(OTHER_PATHS, (404, "/docs")),
 }
 
 
@@ -303,7 +303,7 @@ def test_a_bad_method_or_path_is_rejected_with_advice_and_never_redirected(clien
         assert detail in orjson.loads(reply.body)["detail"]
 
 
-def test_an_image_that_curl_sent_without_its_line_breaks_names_the_right_option(client, jpeg):
+def test_an_image_that_curl_sent_without_line_breaks_names_the_option(client, jpeg):
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     for body in (jpeg.translate(None, b"\0\r\n"), b"photo.jpg"):
         reply = client.post("/v1/classify", content=body, headers=headers)
@@ -328,6 +328,7 @@ BAD_TEXTS = [
 def test_invalid_base64_is_rejected_with_its_place(text):
     with pytest.raises(RejectedError) as caught:
         decode_text(text, "images[3]")
+
     reason = caught.value.reason
     assert reason.status == 400
     assert reason.code == ("bad_base64" if isinstance(text, str) else "malformed_request")
@@ -369,7 +370,7 @@ def test_an_invalid_body_is_rejected(value, status, code):
     assert "\n" not in caught.value.reason.message
 
 
-def test_as_many_images_as_the_limit_are_accepted_in_json_and_in_forms():
+def test_as_many_images_as_the_limit_are_accepted():
     upload = parse_upload(orjson.dumps({"images": ["YQ=="] * 3}), 10_000, 3)
     form = parse_form((PART + b"x\r\n") * 3 + b"--XX--\r\n", f"{FORM}; boundary=XX", 3)
     assert (upload.images, form.images) == ([b"a"] * 3, [b"x"] * 3)
@@ -409,8 +410,10 @@ def test_an_unknown_parameter_is_400_with_the_known_ones(client, jpeg, path, kno
     method = "GET" if "card" in path else "POST"
     reply = client.request(method, path, content=jpeg)
     assert (reply.status_code, reply.json()["code"]) == (400, "unknown_parameter")
+
     given = path.partition("?")[2].partition("=")[0]
-    assert reply.json()["detail"] == f"{given!r}: unknown parameter; known are {known}"
+    assert reply.json()["detail"].startswith(f"{given!r}: ")
+    assert reply.json()["detail"].endswith(f" {known}")
 
 
 def test_the_largest_allowed_body_fits_into_the_memory_for_bodies(

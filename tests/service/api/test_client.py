@@ -30,6 +30,7 @@ def test_the_examples_of_the_docs_run(block, client, jpeg, tmp_path, monkeypatch
     exec(block.replace("http://127.0.0.1:8000", str(client.base_url)), names)  # noqa: S102
     found = names.get("found", [])  # a block may only make a client
     results = found if isinstance(found, list) else [found]
+
     assert {result.classes[0].label for result in results} <= set(LABELS)
 
 

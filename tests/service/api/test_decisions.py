@@ -70,6 +70,7 @@ def test_a_bundle_without_threshold_answers_without_known_and_score(
 ) -> None:
     assert set(client.post("/v1/classify", content=jpeg).json()) == {"classes", "warnings"}
     assert "sopdeploy_unknown_images_total{" not in client.get("/metrics").text
+
     with Client(str(client.base_url)) as typed:
         answer = typed.classify(jpeg)
     assert (answer.known, answer.score) == (None, None)
@@ -192,6 +193,7 @@ def test_info_the_client_and_predict_show_the_same_decision(
         assert asking.info().models[0].thresholds == dict(zip(LABELS, THRESHOLDS, strict=True))
         assert [one.label for one in asking.classify(jpeg).classes] == reached
         assert len(asking.classify(jpeg, threshold=0.0).classes) == len(LABELS)
+
     for top_k, listed in ((None, reached), (1, reached[:1])):
         (found,) = predict(multi_label_path, tmp_path / "a.jpg", top_k=top_k, threads=1)
         assert [one.label for one in found.classes] == listed

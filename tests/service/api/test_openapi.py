@@ -31,9 +31,11 @@ def test_openapi_has_every_endpoint_of_the_protocol(openapi):
 
 def test_every_error_outside_of_the_protocol_is_described_as_a_problem(openapi):
     assert "HTTPValidationError" not in openapi["components"]["schemas"]
+
     paths = [verbs for path, verbs in openapi["paths"].items() if not path.startswith("/v2")]
     answers = [about["responses"] for verbs in paths for about in verbs.values()]
     errors = [body for found in answers for status, body in found.items() if status >= "400"]
+
     assert {kind for body in errors for kind in body["content"]} == {"application/problem+json"}
 
 
@@ -62,10 +64,12 @@ def test_an_image_may_be_sent_as_bytes_of_any_type(openapi):
 
 def test_a_server_with_keys_describes_both_headers_for_them(openapi, serve_with, tmp_path):
     assert "security" not in openapi
+
     keys = tmp_path / "keys.toml"
     headers = {"x-api-key": new_key(keys, "free")}
     client = serve_with(FakeRuntime(num_classes=7), keys=str(keys))
     described = client.get("/openapi.json", headers=headers).json()
+
     assert set(described["components"]["securitySchemes"]) == {"bearer", "apiKey"}
     assert described["security"] == [{"bearer": []}, {"apiKey": []}]
 
@@ -93,10 +97,8 @@ PAGE = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
 SERVICE = ROOT / "service" / "sopdeploy_service"
 IMAGES = ROOT / "sopdeploy" / "images"  # decoding, shared with training
 FRAMEWORK = {"not_found", "method_not_allowed"}  # derived from the status by `problems`
-OF_THE_CHILD = {
-    "too_much_memory",
-    "decoder_failed",
-}  # pairs of code and status in `decoding.child`
+# Pairs of code and status in `decoding.child`
+OF_THE_CHILD = {"too_much_memory", "decoder_failed"}
 CODE = re.compile(r'(?:(?:HttpError|bad_request|_invalid)\((?:\s|#.*)*|code=)"([a-z0-9_]+)"')
 
 
@@ -111,4 +113,5 @@ def test_the_page_lists_every_code_and_no_other():
     written = {
         code for module in modules for code in CODE.findall(module.read_text(encoding="utf-8"))
     }
+
     assert named - FRAMEWORK - OF_THE_CHILD == written

@@ -21,9 +21,7 @@ from tests.support.pictures import encoded
 from tests.support.service import CARD, wait_for
 
 
-def test_a_raw_image_gives_its_classes_best_first_and_bundle_request_id_and_timing(
-    client, jpeg, bundle
-):
+def test_a_raw_image_gives_its_classes_best_first(client, jpeg, bundle):
     headers = {"Content-Type": "image/jpeg", "X-Request-ID": "abc-1"}
     reply = client.post("/v1/classify", content=jpeg, headers=headers)
     assert (reply.status_code, reply.headers["content-type"]) == (200, "application/json")
@@ -42,15 +40,17 @@ def probabilities(result):
     return [entry["probability"] for entry in result["classes"]]
 
 
-def test_a_form_with_one_image_equals_the_raw_image_whatever_surrounds_its_part(client, jpeg):
+def test_a_form_with_one_image_equals_the_raw_image(client, jpeg):
     raw = client.post("/v1/classify", content=jpeg).json()
     for field in ("image", "images", "file", "files"):
         assert client.post("/v1/classify", files={field: ("x.jpg", jpeg)}).json() == raw
+
     part = (
         b'--XX\r\nContent-Disposition: form-data; name="image"\r\n\r\n%b\r\n--XX--\r\nmore\r\n--XX'
         % jpeg
     )
     headers = {"Content-Type": "multipart/form-data; boundary=XX"}
+
     for preamble in (b"", b"\r\n", b"text of RFC 2046\r\n", b"--X\r\n-" * 2000 + b"\r\n"):
         assert (
             client.post("/v1/classify", content=preamble + part, headers=headers).json() == raw
@@ -85,9 +85,7 @@ def test_invalid_parameters_and_unknown_models_and_versions_are_rejected(client,
 
 
 @pytest.mark.parametrize("query", ["threshold=0.5", "reported="])
-def test_a_parameter_that_does_not_apply_is_rejected_also_as_a_field_of_a_form(
-    client, jpeg, query
-):
+def test_a_parameter_that_does_not_apply_is_rejected_also_in_a_form(client, jpeg, query):
     name, _, value = query.partition("=")
     reply = client.post("/v1/classify", data={name: value}, files={"image": ("x.jpg", jpeg)})
     assert (reply.status_code, reply.json()["code"]) == REJECTED[query]
@@ -99,6 +97,7 @@ def test_an_invalid_request_id_is_replaced_by_a_unique_one(client):
         client.get("/livez", headers={"X-Request-ID": value}).headers["x-request-id"]
         for value in sent
     }
+
     assert len(ids) == len(sent)
     assert all(re.fullmatch(r"[0-9a-f]{32}", request_id) for request_id in ids)
 
@@ -107,6 +106,7 @@ def test_health_and_info(client, bundle):
     for path in ("/livez", "/readyz"):
         reply = client.get(path)
         assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
+
     (info,) = client.get("/info").json()["models"]
     assert (info["name"], info["bundle"], info["id"]) == (
         "tiny",
@@ -188,9 +188,8 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
         assert line in text, line
 
     assert "_created" not in text
-    assert (
-        "/nothing" not in text
-    )  # unknown paths share a label: clients cannot grow the metrics
+    # Unknown paths share a label: clients cannot grow the metrics
+    assert "/nothing" not in text
 
 
 def test_each_image_has_its_own_warnings(client, jpeg, bundle_path, tmp_path):
@@ -209,6 +208,7 @@ def test_each_image_has_its_own_warnings(client, jpeg, bundle_path, tmp_path):
     ]
 
     assert [entry["warnings"] for entry in results] == list(expected.values())
+
     found = predict(bundle_path, paths, threads=1)
     assert [list(entry.warnings) for entry in found] == list(expected.values())
 
@@ -235,9 +235,7 @@ def test_the_card_has_readme_and_certificate_of_the_bundle(carded_client, carded
     assert (reply.status_code, reply.json()["code"]) == (404, "unknown_model")
 
 
-def test_the_card_is_that_of_the_files_that_were_read_and_may_be_missing(
-    carded_bundle, tmp_path
-):
+def test_the_card_is_of_the_files_that_were_read(carded_bundle, tmp_path):
     card = read_card(replace(carded_bundle, path=tmp_path / "deleted"))
     assert (card.text, card.certificate is None) == (CARD, False)
     empty = read_card(replace(carded_bundle, contents={}))

@@ -83,7 +83,7 @@ RAGGED = [[[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10]]]]
 WHOLE = np.arange(12, dtype=np.float32).reshape(1, 2, 2, 3)
 
 
-def test_a_tensor_is_flat_or_nested_in_json_or_binary_after_it_and_uint8_or_fp32():
+def test_a_tensor_is_flat_or_nested_uint8_or_fp32():
     for datatype, values in (("UINT8", WHOLE.astype(np.uint8)), ("FP32", WHOLE)):
         size = {"binary_data_size": values.nbytes}
         binary = tensor(datatype=datatype, data=None, parameters=size)
@@ -96,10 +96,11 @@ def test_a_tensor_is_flat_or_nested_in_json_or_binary_after_it_and_uint8_or_fp32
             assert np.array_equal(images, WHOLE)
 
 
-def test_as_many_images_as_the_limit_are_accepted_as_a_tensor_and_as_files():
+def test_as_many_tensors_and_files_as_the_limit_are_accepted():
     largest = tensor(shape=[4, 2, 2, 3], data=WHOLE.tolist() * 4)
     assert len(read(largest, b"").images) == 4
     assert len(read(encoded([4], 20), files(*[b"x"] * 4)).images) == 4
+
     code, status, _ = rejected(tensor(shape=[5, 2, 2, 3], data=WHOLE.tolist() * 5))
     assert (code, status) == ("too_many_images", 400)
 
@@ -130,7 +131,7 @@ def test_fp32_that_is_not_pixels_is_rejected_with_what_to_send(case):
     for asked, raw in bodies:
         code, status, message = rejected(asked, raw)
         assert (code, status) == ("wrong_data", 400)
-        assert "send pixels before any scaling and normalization" in message
+        assert "normalization" in message
 
 
 def test_encoded_images_may_be_binary_or_base64():
@@ -297,6 +298,7 @@ def test_malformed_json_is_rejected(case):
         parse_body(
             text, None, MANIFEST, MAX_IMAGES, 10_000_000 if len(text) > 10**6 else 99_999
         )
+
     reason = caught.value.reason
     assert (reason.code, reason.status) == (
         expected,
@@ -323,7 +325,7 @@ def test_binary_data_with_a_wrong_header_or_size_is_rejected():
 
     assert "is 12 bytes, not 13" in rejected(right, bytes(13))[2]
     floats = tensor(datatype="FP32", data=None, parameters={"binary_data_size": 12})
-    assert "FP32 is 48 bytes, not 12" in rejected(floats, bytes(12))[2]
+    assert "48 bytes, not 12" in rejected(floats, bytes(12))[2]
 
     for raw in (
         b"",
@@ -338,9 +340,11 @@ def test_binary_data_with_a_wrong_header_or_size_is_rejected():
 
 def test_all_outputs_are_the_default_and_parameters_apply_to_each():
     assert list(read(tensor()).is_binary.items()) == [("logits", False), ("gate", False)]
+
     outputs = [{"name": "gate"}, {**LOGITS, "parameters": {"binary_data": False}}]
     parameters = {"binary_data_output": True, "timeout": 5000}
     found = read({**tensor(), "id": "a", "outputs": outputs, "parameters": parameters})
+
     assert list(found.is_binary.items()) == [("gate", True), ("logits", False)]
     assert (found.id, found.timeout_seconds) == ("a", 0.005)
 
@@ -363,6 +367,7 @@ def test_a_damaged_request_is_a_request_or_a_400(body, binary, header):
         images = len(parse_body(body + binary, header, MANIFEST, MAX_IMAGES, LIMIT).images)
     except RejectedError as problem:
         status = problem.reason.status
+
     assert (status in {200, 400}, images) == (True, 1)
 
 
@@ -383,6 +388,7 @@ def test_outputs_are_stacked_by_name_or_the_first_rejection_is_raised():
     assert all(np.array_equal(found[name], OUTPUT_VALUES[name]) for name in OUTPUT_VALUES)
     with pytest.raises(RejectedError) as caught:
         stack_outputs([prediction(0), NONFINITE, INFERENCE_FAILED])
+
     reason = caught.value.reason
     assert (reason.code, reason.status) == (NONFINITE.code, 500)
     assert reason.message == f"image 1: {NONFINITE.message}"
@@ -455,12 +461,14 @@ def test_the_current_version_can_also_be_named(client, bundle):
         assert both[0].headers["x-model-digest"] == bundle.manifest.id
 
 
-def test_a_response_has_timings_and_echoes_any_id_and_the_timeout_is_a_deadline(client):
+def test_a_response_has_timings_an_id_and_a_deadline(client):
     reply = post(client, {**GOOD_REQUEST, "id": 'a"\n\u2028ü'})
     assert reply.json()["id"] == 'a"\n\u2028ü'
+
     stages = [part.split(";")[0].strip() for part in reply.headers["server-timing"].split(",")]
     assert stages == ["receive", "queue", "infer"]
     assert "id" not in post(client, GOOD_REQUEST).json()
+
     reply = post(client, {**GOOD_REQUEST, "parameters": {"timeout": 1}})
     assert (reply.status_code, reply.headers["x-error-code"]) == (504, "deadline")
 
@@ -469,6 +477,7 @@ def test_json_has_its_own_size_limit(serve_with, onnx_runtime, monkeypatch):
     monkeypatch.setattr(routes, "MAX_JSON_BYTES", 1000)
     client = serve_with(onnx_runtime)
     assert post(client, GOOD_REQUEST).headers["x-error-code"] == "json_too_large"
+
     binary = {key: value for key, value in ZEROS.items() if key != "data"}
     text = orjson.dumps({"inputs": [{**binary, "parameters": {"binary_data_size": 3072}}]})
     assert (

@@ -8,7 +8,8 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-NUMBERS = {  # of calls without a function in Python
+# Of calls without a function in Python
+NUMBERS = {
     "x86_64": {
         "ptrace": 101,
         "io_uring_setup": 425,

@@ -218,7 +218,8 @@ def test_training_calibration_predict_service_and_client_see_the_same_pixels(
             assert np.array_equal(values, expected[path.name]), (where, path.name)
 
 
-PADDED = {  # size of the image: its box in the padded one
+# Size of the image: its box in the padded one
+PADDED = {
     (64, 32): (0, 8, 32, 16), (32, 64): (8, 0, 16, 32), (5, 5): (0, 0, 32, 32), (1, 900): (16, 0, 1, 32),
 }  # fmt: skip
 
@@ -238,12 +239,13 @@ def test_boxes_of_the_augmentation_are_drawn_in_the_square_that_evaluation_sees(
     kept = RandomSide(kind="random-side", sides=(32, 32))
     images = ArrayImages(("a",), np.asarray(GRADIENT)[None], np.zeros(1, np.int64))
     expected = preprocess_image(GRADIENT, rules).astype(int)
+
     for augmentation in (whole, kept):
         (pixels,) = AugmentedDataset(images, augmentation, rules, seed=0, epoch=0).pixels([0])
         assert np.median(np.abs(pixels - expected)) <= 2  # a box is resized twice
 
 
-def test_a_process_that_sends_slowly_is_left_at_the_deadline_though_all_has_arrived() -> None:
+def test_a_process_that_sends_slowly_is_left_at_the_deadline() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(b"reply")

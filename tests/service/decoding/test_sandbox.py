@@ -109,10 +109,12 @@ def test_the_filter_decides_by_number_and_arguments(
     code = list(struct.iter_unpack("HBBI", sandbox.build_filter(machine, SELF, threads=True)))
     padded = [*arguments, *[0] * (6 - len(arguments))]
     data = struct.pack("<IIQ6Q", number, sandbox.ARCHITECTURES[machine][1], 0, *padded)
+
     assert run_filter(code, data) == expected
+    # 32 bits
     assert (
         run_filter(code, struct.pack("<IIQ6Q", number, 0x40000003, 0, *padded)) == sandbox.KILL
-    )  # 32 bits
+    )
 
 
 @pytest.mark.parametrize(("machine", "clone"), [(X86, 56), (ARM, 220)])
@@ -124,6 +126,7 @@ def test_a_decoder_starts_threads_only_where_heic_is_installed(machine, clone) -
     for threads in (False, True):
         code = sandbox.build_filter(machine, SELF, threads=threads)
         answers.append(run_filter(list(struct.iter_unpack("HBBI", code)), data))
+
     assert answers == [FAIL[errno.EPERM], sandbox.ALLOW]
 
 

@@ -100,7 +100,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def test_the_outputs_of_an_image_are_those_of_the_runtime_whatever_slot_it_has(bundle) -> None:
+def test_the_outputs_of_an_image_do_not_depend_on_its_slot(bundle) -> None:
     expected = FakeRuntime(num_classes=7).run(PIXELS)["logits"]
 
     async def scenario(_device_process: EngineUnderTest, registry: RemoteRegistry) -> None:
@@ -157,7 +157,7 @@ def test_the_embedding_is_sent_if_it_was_requested(bundle) -> None:
     run_with(WithFeatures(num_classes=7), replace(bundle, manifest=manifest), scenario)
 
 
-def test_a_slot_is_free_when_the_engine_does_not_read_it_any_more(bundle) -> None:
+def test_a_slot_is_free_when_the_engine_has_read_it(bundle) -> None:
     runtime = Held(largest_batch=1)
 
     async def scenario(device_process: EngineUnderTest, registry: RemoteRegistry) -> None:
@@ -171,9 +171,8 @@ def test_a_slot_is_free_when_the_engine_does_not_read_it_any_more(bundle) -> Non
             await model.run(PIXELS[0], FOREVER)
         for each in (in_batch, *queued):
             each.cancel()
-        await until(
-            lambda: len(front_end.cancel_by_slot) == own_end.queue_length == 1
-        )  # that of the batch
+        # That of the batch
+        await until(lambda: len(front_end.cancel_by_slot) == own_end.queue_length == 1)
         with pytest.raises(RejectedError, match="deadline"):
             await model.run(PIXELS[0], 0.0)
         runtime.gate.set()
@@ -306,7 +305,7 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
     asyncio.run(run())
 
 
-def test_the_end_of_a_drain_also_refuses_images_in_a_channel_that_was_replaced(bundle) -> None:
+def test_the_end_of_a_drain_refuses_images_in_a_replaced_channel(bundle) -> None:
     runtime = Held(largest_batch=1)
 
     async def scenario(device_process: EngineUnderTest, registry: RemoteRegistry) -> None:
@@ -361,6 +360,7 @@ def test_an_engine_sends_no_models_that_a_front_end_would_not_read(bundle, monke
     ]
     ours, theirs = socket.socketpair()
     monkeypatch.setattr(channel, "MAX_MODELS_BYTES", 10)
+
     with (
         ours,
         theirs,
@@ -370,7 +370,7 @@ def test_an_engine_sends_no_models_that_a_front_end_would_not_read(bundle, monke
 
 
 @pytest.mark.parametrize("supervisor_reads", [True, False])
-def test_the_supervisor_gets_to_know_new_models_also_if_it_reads_nothing_for_a_while(
+def test_the_supervisor_learns_of_new_models_after_a_pause(
     bundle, monkeypatch, supervisor_reads: bool
 ) -> None:
     reloaded = registry_of(bundle, FakeRuntime(num_classes=7))

@@ -126,7 +126,8 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(
 
         # The supervisor keeps nothing of the dead process. Its pool of threads grows with the load.
         wait_for(lambda: files_of(child.pid) == files)
-        assert num_threads(child.pid) <= 1 + ThreadPoolExecutor()._max_workers
+        largest_pool = min(32, (os.cpu_count() or 1) + 4)  # of `ThreadPoolExecutor`
+        assert num_threads(child.pid) <= 1 + largest_pool
 
         send_to_the_oldest(signal.SIGSTOP)
         orphans = processes_of(child.pid)
@@ -171,8 +172,10 @@ def test_a_silent_process_is_replaced_in_every_phase(monkeypatch, phase) -> None
             process.reset(SimpleNamespace(close=lambda: None))
         if phase == "it ends":
             process.control = None
+
         with pytest.raises(asyncio.CancelledError):
             asyncio.run(server._replace_failing())
+
     assert killed == [pytest.approx(10 * SILENT_WHILE[phase], abs=5)]
 
 
@@ -203,9 +206,7 @@ def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> N
     assert next(starts) == 1101
 
 
-def test_a_system_without_room_for_a_process_is_asked_again_and_no_file_stays_open(
-    monkeypatch, caplog
-) -> None:
+def test_a_system_without_room_for_a_process_is_asked_again(monkeypatch, caplog) -> None:
     monkeypatch.setattr(supervisor, "MAX_RESTART_DELAY_SECONDS", 0.0)
     monkeypatch.setattr(supervisor, "BEAT_SECONDS", 60.0)  # the log has one line of a beat
     num_open: list[int] = []
@@ -227,8 +228,8 @@ def test_a_system_without_room_for_a_process_is_asked_again_and_no_file_stays_op
     assert len(num_open) == 5
     assert len(set(num_open)) == 1
     (record,) = caplog.records
-    failure = "cannot start (Resource temporarily unavailable)"
-    assert record.message == f"device cpu: {failure}; restart in 0 s"
+    assert record.message.startswith("device cpu: ")
+    assert "Resource temporarily unavailable" in record.message
 
 
 @pytest.mark.parametrize(("other_is_ready", "ends"), [(False, True), (True, False)])
@@ -295,7 +296,8 @@ def test_a_process_reports_whether_it_works(problem, works: bool) -> None:
         assert Status.from_bytes(control.receive_message(ours).rest).works == works
 
 
-LACKS = {  # a message without its files -> what the process then lacks, in its report
+# A message without its files -> what the process then lacks, in its report
+LACKS = {
     "keys": (control.KEYS, b"", {"has_keys": False}),
     "a channel": (control.CHANNEL, b"engine", {"lost": frozenset({"engine"})}),
 }
@@ -325,10 +327,8 @@ def test_a_process_without_a_free_file_reports_what_it_lacks(
 
 
 @pytest.mark.parametrize("name", LACKS)
-def test_a_front_end_that_waits_for_a_device_process_reports_what_it_lacks(
-    monkeypatch, name
-) -> None:
-    kind, rest, expected = LACKS[name]
+def test_a_front_end_that_waits_for_a_device_process_reports_it(monkeypatch, name) -> None:
+    kind, rest, lacks = LACKS[name]
     config = LaunchConfig(
         name="front-0", device=None, variables={}, sources=(), settings=load_settings(),
         supervisor=1, front_ends=1, position=0, num_servers=1, device_processes=(),
@@ -344,6 +344,7 @@ def test_a_front_end_that_waits_for_a_device_process_reports_what_it_lacks(
     with ours, theirs, socket.socket() as connection:
         assert control.send_message(ours, kind, rest)
         assert control.send_message(ours, control.CHANNEL, b"other", connection.fileno())
+
         ours.shutdown(socket.SHUT_WR)
         waits = pytest.raises(SystemExit) if kind == control.KEYS else contextlib.nullcontext()
         with waits:
@@ -352,8 +353,9 @@ def test_a_front_end_that_waits_for_a_device_process_reports_what_it_lacks(
         sent = []
         while (message := control.receive_message(ours)).kind:
             sent.append(Status.from_bytes(message.rest))
-    assert sent[:2] == [Status(0, 0, None), Status(0, 0, None, **expected)]
-    assert registry.lost == expected.get("lost", set())
+
+    assert sent[:2] == [Status(0, 0, None), Status(0, 0, None, **lacks)]
+    assert registry.lost == lacks.get("lost", set())
 
 
 class TimelessLoop(asyncio.SelectorEventLoop):
@@ -378,7 +380,7 @@ async def in_this_thread(work: Callable[[], bytes]) -> bytes:
     return work()
 
 
-def test_a_process_that_hangs_or_loads_is_down_in_the_metrics_of_the_others(
+def test_a_process_that_hangs_is_down_in_the_metrics_of_others(
     monkeypatch,
 ) -> None:
     monkeypatch.setattr(supervisor.asyncio, "to_thread", in_this_thread)  # a thread needs time
@@ -423,6 +425,7 @@ def test_a_process_that_hangs_or_loads_is_down_in_the_metrics_of_the_others(
     with asyncio.Runner(loop_factory=TimelessLoop) as runner:
         page, asked = runner.run(scenario())
     assert b'a{process="answers"} 1.0\n' in page
+
     up = dict(re.findall(rb'^sopdeploy_worker_up{process="(.*?)"} (\S+)$', page, re.M))
     assert up == {b"answers": b"1.0", b"hangs": b"0.0", b"loads": b"0.0"}
     assert asked == b""
@@ -448,6 +451,7 @@ def test_a_drain_completes_the_requests_of_both_processes(
         for wire in late:
             wire.sendall(GET + b"\r\n")
             assert read(wire, to_the_end=False).status == 200
+
         sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
         depth = r"^sopdeploy_queue_depth{.*} (\S+)"
         wait_for(
@@ -460,11 +464,13 @@ def test_a_drain_completes_the_requests_of_both_processes(
             num_draining += event == "draining"
 
         assert client.get("/readyz").status_code == 503
+
         late.append(stack.enter_context(connect(client)))
         for wire in late:
             wire.sendall(post_of(jpeg))
             reply = read(wire)
             assert (reply.status, reply.code) == (503, "draining")
+
         gate.touch()
 
         assert [reply.result().status_code for reply in sent] == [200] * 16
@@ -494,6 +500,7 @@ def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(
     device, inherited, expected
 ) -> None:
     assert load_settings(devices=device, runtime="auto").devices == (device,)
+
     environment = {} if inherited is None else {"CUDA_VISIBLE_DEVICES": inherited}
     if expected is not None:
         assert visible_devices(device, environment) == expected
@@ -508,6 +515,8 @@ def test_processes_share_a_rate_limit_and_a_folder_of_photos(tmp_path, jpeg, way
     decision = Decision(rejection=Rejection(threshold=1e9))
     bundle = write_bundle(tmp_path / "bundle", decision=decision)
     kept = tmp_path / "kept"
+
+    # A file with many keys, of which one has a rate of five requests
     file = tmp_path / "keys.toml"
     free, limited = new_key(file, "free"), new_key(file, "limited", 1e-6)
     others = (
@@ -515,12 +524,14 @@ def test_processes_share_a_rate_limit_and_a_folder_of_photos(tmp_path, jpeg, way
         for number in range(4100)
     )
     file.write_text("".join(others) + file.read_text().replace("burst = 64", "burst = 5"))
+
     options = [
         f"--setting={setting}"
         for setting in (f"keep={kept}", "keep_bytes=65536", "keep_sample=1")
     ]
 
     with serving(str(bundle), "--keys", str(file), *options, *WAYS[way]) as client:
+        # Twelve connections reach all processes, whose photos are in one folder below its limit.
         with ExitStack() as stack:
             for body, connection in zip(
                 photos(12), open_connections(client, 12, stack), strict=True
@@ -533,12 +544,14 @@ def test_processes_share_a_rate_limit_and_a_folder_of_photos(tmp_path, jpeg, way
         assert sum(4096 for file in files) <= 65_536
         assert 7 <= len(read_records(kept)) == len(files) / 2
 
+        # The requests of a key are counted together.
         client.headers["x-api-key"] = limited
         replies = [client.post("/v1/classify", content=jpeg) for _ in range(7)]
         assert [reply.status_code for reply in replies] == [200] * 5 + [429] * 2
         remaining = [reply.headers["ratelimit-remaining"] for reply in replies]
-
         assert remaining == ["4", "3", "2", "1", "0", "0", "0"]
+
+        # All processes read other keys after a signal, and keep the count of those that stay.
         new = new_key(tmp_path / "new.toml", "new")
         text = file.read_text()
         begin, end = (
@@ -547,7 +560,6 @@ def test_processes_share_a_rate_limit_and_a_folder_of_photos(tmp_path, jpeg, way
         )
         file.write_text(text[:begin] + text[end:] + (tmp_path / "new.toml").read_text())
         client.child.send_signal(signal.SIGHUP)
-
         for key, code in ((free, 401), (new, 200)):
             client.headers["x-api-key"] = key
             wait_for(
@@ -559,8 +571,10 @@ def test_processes_share_a_rate_limit_and_a_folder_of_photos(tmp_path, jpeg, way
 
         client.headers["x-api-key"] = limited
         assert client.post("/v1/classify", content=jpeg).status_code == 429  # as before
+
+        # The keys in use stay if the file is empty, also in processes that start now.
         file.write_text("")
-        client.child.send_signal(signal.SIGHUP)  # those in use stay
+        client.child.send_signal(signal.SIGHUP)
 
         # On a busy machine, a later process can be ready before the request.
         refused = client.get("/livez")
@@ -574,6 +588,5 @@ def test_processes_share_a_rate_limit_and_a_folder_of_photos(tmp_path, jpeg, way
 
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert refused.json() == describe_error(RUNTIME_DEAD).model_dump()
-        wait_for(
-            lambda: client.post("/v1/classify", content=jpeg).status_code == 429
-        )  # by a later one
+        # By a later one
+        wait_for(lambda: client.post("/v1/classify", content=jpeg).status_code == 429)

@@ -33,7 +33,9 @@ def test_a_process_that_was_reaped_before_it_was_known_has_ended() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     child = Child(process.pid)
+
     assert child.poll() == UNKNOWN_CODE
+
     child.kill()  # sends no signal to a process that may have its id by now
     assert process.pid not in Child._running
 
@@ -43,5 +45,6 @@ def test_requests_of_forks_have_different_ids() -> None:
     reading, writing = os.pipe()
     assert not kills_itself(lambda: os.write(writing, request_id({}).encode()))
     assert len({request_id({}), os.read(reading, 100).decode()}) == 2
+
     for file in (reading, writing):
         os.close(file)

@@ -1,5 +1,7 @@
 """Pages of other servers: what browsers ask before, what they may read, and who is refused."""
 
+import re
+
 import pytest
 
 from sopdeploy.errors import ConfigError
@@ -8,7 +10,8 @@ from sopdeploy_service.settings import load_settings
 from tests.support.fake_runtime import FakeRuntime
 
 SHOP, EVIL = "https://shop.example", "https://evil.example"
-ORIGINS = {  # values of `allowed_origins`: origins that are allowed, and others
+# Values of `allowed_origins`: origins that are allowed, and others
+ORIGINS = {
     SHOP: ([SHOP], [EVIL, "http://shop.example", "https://a.shop.example", "null"]),
     "shop.example": ([SHOP, "http://shop.example:3000"], [EVIL]),
     "https://*.shop.example": (["https://a.shop.example"], [SHOP]),
@@ -62,10 +65,8 @@ def test_pages_of_allowed_origins_may_send_images_with_keys_and_read_answers(
                 "/v1/classify", content=b"", headers={**page, "x-api-key": secret}
             )
             assert failed.status_code == 400
-            assert failed.headers["access-control-allow-origin"] in {
-                origin,
-                "*",
-            }  # the page reads why
+            # The page reads why
+            assert failed.headers["access-control-allow-origin"] in {origin, "*"}
         for origin in refused:
             page = {"origin": origin, "sec-fetch-site": "cross-site"}
             asked = client.options("/v1/classify", headers={**page, **ASKED})
@@ -87,7 +88,9 @@ def test_pages_of_allowed_origins_may_send_and_read_every_header(serve_with) -> 
     asked = client.options(
         "/v2", headers={"origin": SHOP, **ASKED, "access-control-request-headers": names}
     )
+
     assert (asked.status_code, asked.headers["access-control-allow-headers"]) == (200, names)
+
     sent = client.get("/v2/none", headers={"origin": SHOP})
     assert "x-error-code" in sent.headers
     # With this value, and for responses that allow no credentials, browsers let a page read all
@@ -103,12 +106,13 @@ def test_a_refused_page_is_told_the_setting_that_allows_it(serve_with, jpeg) -> 
             method, "/v1/classify", content=jpeg, headers={"origin": SHOP, **ASKED}
         )
         assert reply.status_code == 403
-        assert "in the setting allowed_origins" in reply.json()["detail"]
+        assert "allowed_origins" in reply.json()["detail"]
+
     named = client.get("/info", headers={"host": "other.example"})
-    assert "in the setting allowed_hosts" in named.json()["detail"]
+    assert "allowed_hosts" in named.json()["detail"]
 
 
-def test_an_allowed_origin_does_not_make_its_host_a_name_of_this_server(serve_with) -> None:
+def test_an_allowed_origin_is_not_a_name_of_this_server(serve_with) -> None:
     client = serve_with(FakeRuntime(num_classes=7), allowed_origins="*,https://shop.example")
     reply = client.get("/info", headers={"host": "shop.example", "origin": SHOP})
     assert (reply.status_code, reply.json()["code"]) == (403, "foreign_request")
@@ -119,16 +123,17 @@ def test_an_allowed_origin_does_not_make_its_host_a_name_of_this_server(serve_wi
     ["a b", "https://", "shop.example/ml", "https://*", "https://.", "app://*.*", "1://a"],
 )
 def test_a_text_that_is_not_an_origin_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"allowed_origins: .*(is not a host such as|has no)"):
+    with pytest.raises(ConfigError, match=rf"allowed_origins: {re.escape(repr(text))}"):
         load_settings(allowed_origins=text)
 
 
-def test_a_page_of_the_internet_may_use_a_server_in_a_private_network_if_it_is_allowed(
+def test_a_page_of_the_internet_may_use_a_private_server_if_allowed(
     serve_with,
 ) -> None:
     client = serve_with(FakeRuntime(num_classes=7), allowed_origins=SHOP)
     asked = {"origin": SHOP, **ASKED, "access-control-request-private-network": "true"}
     reply = client.options("/v1/classify", headers=asked)
+
     assert (reply.status_code, reply.headers["access-control-allow-private-network"]) == (
         200,
         "true",

@@ -22,7 +22,8 @@ from tests.support import hostile_images as hostile
 from tests.support.service import picture_bytes
 
 MIB = 1 << 20
-BUDGETS = {  # budget and wanted children: light ones, large ones, memory of a large one
+# Budget and wanted children: light ones, large ones, memory of a large one
+BUDGETS = {
     (500 * MIB, 2): (2, 1, 316 * MIB),  # a container of 1 GiB
     (1600 * MIB, 2): (2, 2, 704 * MIB),
     (10**11, 8): (8, 8, 1_400_000_000),
@@ -56,7 +57,8 @@ def heic(width: int, height: int) -> bytes:
 SCALED, FULL = Preprocess(decoding="scaled"), Preprocess()
 
 
-LIGHT = {  # file, rules, length of the file if it had more metadata, whether it is light
+# File, rules, length of the file if it had more metadata, whether it is light
+LIGHT = {
     "a photograph at a quarter of its sides": (photograph, SCALED, LIGHT_BODY, True),
     "one that is decoded in full": (photograph, FULL, LIGHT_BODY, False),
     "one that needs its coefficients": (
@@ -121,7 +123,7 @@ def test_a_file_that_was_cut_anywhere_has_a_cost_or_none(body: bytes) -> None:
         assert cost is None or cost.pixels > 0
 
 
-def test_pixels_and_the_bytes_of_a_jpeg_with_one_scan_limit_the_time_in_a_light_child() -> None:
+def test_pixels_and_bytes_of_a_jpeg_limit_its_time() -> None:
     for body in (
         picture_bytes(kind="PNG"),
         hostile.webp_codes(868, 868),
@@ -143,7 +145,8 @@ def test_pixels_and_the_bytes_of_a_jpeg_with_one_scan_limit_the_time_in_a_light_
 VERSION1 = "memory.limit_in_bytes"
 
 
-LIMITED = {  # groups of the process, files, limit
+# Groups of the process, files, limit
+LIMITED = {
     "version 1": (
         "4:memory:/a/b\n0::/\n",
         {f"memory/a/{VERSION1}": 700, f"memory/a/b/{VERSION1}": 900},
@@ -168,4 +171,5 @@ def test_the_memory_limit_is_that_of_the_container(
     monkeypatch.setattr(environment, "CGROUP", tmp_path / "fs")
     monkeypatch.setattr(environment, "PROCESS_CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(environment, "MEMINFO", tmp_path / "meminfo")
+
     assert environment.memory_limit() == expected

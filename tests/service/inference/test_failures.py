@@ -29,23 +29,24 @@ def post(client: httpx.Client, body: bytes) -> httpx.Response:
     return client.post("/v1/classify", content=body)
 
 
-def test_a_full_queue_is_429_with_a_retry_time_and_every_image_of_a_form_counts(
-    serve_with, pool, jpeg
-):
+def test_a_full_queue_is_429_and_every_image_of_a_form_counts(serve_with, pool, jpeg):
     runtime, files = Held(), [("image", jpeg)] * 2
     client = serve_with(runtime, queue_size=3, max_images=3)
     assert (count(client, 'limit{of="images"}'), count(client, "ready")) == (3, 1)
+
     replies = [pool.submit(post, client, jpeg) for _ in range(2)]
     wait_for(lambda: count(client, "queue_depth") == 2)
     rejected = [client.post("/v1/classify", files=files)]
     replies.append(pool.submit(post, client, jpeg))
     wait_for(lambda: count(client, "queue_depth") == 3)
     rejected.append(post(client, jpeg))
+
     for reply in rejected:
         assert (reply.status_code, reply.json()["code"]) == (429, "queue_full")
         assert 1 <= int(reply.headers["retry-after"]) <= 60
 
     assert client.get("/readyz").status_code == 200
+
     runtime.gate.set()
     assert [reply.result().status_code for reply in replies] == [200] * 3
     assert client.post("/v1/classify", files=files).status_code == 200
@@ -122,6 +123,7 @@ def test_a_dead_or_hung_runtime_rejects_everything_and_fails_the_health_checks(
         replies = pool.map(lambda _, client=client: post(client, jpeg), range(3))
         assert [reply.json()["code"] for reply in replies] == ["runtime_dead"] * 3
         assert [client.get(path).status_code for path in ("/readyz", "/livez")] == [503, 503]
+
     hung.gate.set()
 
 
@@ -129,8 +131,10 @@ def test_an_internal_error_is_a_problem_response(serve_with, jpeg, monkeypatch):
     client = serve_with(FakeRuntime(num_classes=7))
     monkeypatch.setattr("sopdeploy.decision.Decision.answer", lambda *_: 1 / 0)
     reply = post(client, jpeg)
+
     assert (reply.status_code, reply.json()["code"]) == (500, "internal_error")
     assert len(reply.headers["x-request-id"]) == 32
+
     monkeypatch.undo()
     assert post(client, jpeg).status_code == 200
     assert 'requests_total{code="500"' in client.get("/metrics").text
@@ -149,16 +153,17 @@ class Broken(FakeRuntime):
         return super().run(images)
 
 
-def test_a_device_that_fails_every_batch_ends_the_server_and_images_that_fail_in_a_row_do_not(
-    serve_with, jpeg
-):
+def test_a_device_that_fails_every_batch_ends_the_server(serve_with, jpeg):
     client = serve_with(Broken(num_classes=7))
     assert post(client, jpeg).json()["code"] == "inference_failed"
+
     wait_for(lambda: client.app.state.service.state == "runtime_dead")
     runtime = Broken(num_classes=7)
     runtime.everywhere = False
     client = serve_with(runtime)
+
     assert [post(client, jpeg).json()["code"] for _ in range(2)] == ["inference_failed"] * 2
+
     runtime.broken = False
     assert post(client, jpeg).status_code == 200
     assert runtime.batches == [1, 1, 1]  # two blank images, then the image
@@ -175,6 +180,7 @@ def test_a_process_with_a_gpu_has_a_decoder_per_core(
         bundle=bundle, runtime=FakeRuntime(num_classes=7, device=device), replays={}
     )
     registry = service.ModelRegistry({"tiny": loaded}, Settings())
+
     assert service.Service(registry, Settings())._choose_num_decoders() == expected
 
 
@@ -204,9 +210,7 @@ REQUESTS = {"/v1/classify": {"image": "AAAA"}, "/v2/models/tiny/infer": {"inputs
 
 
 @pytest.mark.parametrize("path", REQUESTS)
-def test_requests_waiting_for_a_parser_count_in_the_queue_and_have_a_deadline(
-    serve_with, blocked, path
-):
+def test_requests_that_wait_for_a_parser_have_a_deadline(serve_with, blocked, path):
     client = serve_with(FakeRuntime(num_classes=7), queue_size=4, max_images=1)
 
     # One request, whose parser is blocked until its deadline.
@@ -229,9 +233,7 @@ def test_requests_waiting_for_a_parser_count_in_the_queue_and_have_a_deadline(
     wait_for(lambda: count(client, "queue_depth") == 0)
 
 
-def test_a_batch_that_is_out_of_memory_is_halved_until_one_image_fails(
-    serve_with, jpeg, monkeypatch
-):
+def test_a_batch_out_of_memory_is_halved_until_one_image_fails(serve_with, jpeg, monkeypatch):
     take = model_worker.RequestQueue.take
 
     def take_all(queue, max_size, *, only_full=False):

@@ -110,9 +110,7 @@ def test_an_image_for_which_memory_is_missing_may_be_sent_again(
 
 
 @pytest.mark.parametrize("pause", [0.0, 1000.0])
-def test_a_batch_counts_as_hung_by_the_time_in_which_the_process_ran(
-    bundle, monkeypatch, pause
-) -> None:
+def test_a_hung_batch_is_judged_by_the_time_its_process_ran(bundle, monkeypatch, pause) -> None:
     loaded = LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={})
     model, now, pauses = (
         LocalModel("tiny", loaded, Settings(), Metrics()),
@@ -207,12 +205,11 @@ FAILURES = {"begin": ((2, 0), [1, 2, 2, 2]), "end": ((3, 1), [1, 1, 1, 2, 2])}
 
 
 @pytest.mark.parametrize("where", FAILURES)
-def test_a_failed_batch_begins_again_or_is_halved_and_other_batches_are_unaffected(
-    classify, where
-):
+def test_a_failed_batch_begins_again_or_is_halved_alone(classify, where):
     number, batches = FAILURES[where]
     runtime = Scripted({number: RuntimeError("once")})
     replies, _ = classify(runtime, 5)
+
     assert [reply.status_code for reply in replies] == [200] * 5
     assert sorted(runtime.batches) == batches
 
@@ -240,6 +237,7 @@ def test_a_runtime_that_mixes_up_batches_is_rejected_by_the_probes():
     runtime = FakeOverlappingRuntime(num_classes=7)
     probes = Probes(images=images, expected=runtime.run(images), tolerance={"logits": 1e-3})
     replay_overlapping(probes, runtime, 2)
+
     with pytest.raises(ParityError, match="deviates by"):
         replay_overlapping(probes, Leaking(), 2)
 
@@ -274,7 +272,8 @@ def with_first_row(logits, row):
     return np.concatenate([row[None], logits[1:]])
 
 
-SPOILT = {  # logits of a batch of 2 images or more
+# Logits of a batch of 2 images or more
+SPOILT = {
     "zeros": np.zeros_like,
     "rows of the images beside them": lambda logits: np.roll(logits, 1, axis=0),
     "a first row of zeros": lambda logits: with_first_row(logits, 0 * logits[0]),
@@ -294,7 +293,7 @@ def mean_probes(num_images: int) -> Probes:
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_runtime_that_is_wrong_at_one_size_or_after_another_one_is_rejected(wrong):
+def test_a_runtime_that_is_wrong_at_one_size_is_rejected(wrong):
     probes = mean_probes(12)
     with pytest.raises(ParityError, match=r"deviates by .* batch"):
         warm_up(probes, WrongFor(WRONG[wrong]), 64)
@@ -329,6 +328,7 @@ def test_a_runtime_that_is_wrong_for_a_single_probe_is_not_served(
 ):
     probes = read_probes(bundle)
     assert len(probes.images) == 3
+
     runtime = WrongForOneImage(onnx_runtime, probes.images[wrong])
     monkeypatch.setattr(loader, "open_runtime", lambda *_: runtime)
     with pytest.raises(ParityError, match="deviates by 1"):
@@ -336,20 +336,19 @@ def test_a_runtime_that_is_wrong_for_a_single_probe_is_not_served(
 
 
 @pytest.mark.parametrize(("accepted", "passes"), [(1.5, True), (0.5, False), (None, False)])
-def test_an_engine_whose_larger_error_was_allowed_is_served_up_to_this_error(
+def test_an_engine_whose_larger_error_was_allowed_is_served(
     bundle, onnx_runtime, monkeypatch, accepted, passes
 ):
     runtime = WrongForOneImage(onnx_runtime, read_probes(bundle).images[0])
     if accepted is not None:
         runtime.accepted_errors = {"logits": accepted}
     monkeypatch.setattr(loader, "open_runtime", lambda *_: runtime)
+
     with nullcontext() if passes else pytest.raises(ParityError):
         loader.load_model(bundle.path, Settings())
 
 
-def test_an_image_keeps_its_pixels_until_its_batch_ended_whatever_becomes_of_its_neighbours(
-    serve_with, pool
-):
+def test_an_image_keeps_its_pixels_until_its_batch_ended(serve_with, pool):
     runtime = Held()  # reads its images when the gate opens
     client = serve_with(runtime, decoders=1)
     images = [picture_bytes(color) for color in COLORS]

@@ -36,7 +36,7 @@ def test_a_batch_takes_as_long_as_measured(measured, size, seconds):
     assert BatchPace(measured).batch_seconds(size) == pytest.approx(seconds)
 
 
-def test_a_slow_batch_of_any_size_slows_all_sizes_and_a_stall_none():
+def test_a_slow_batch_slows_all_sizes_and_a_stall_none():
     batches = BatchPace([(1, 0.1), (4, 0.4)])
     for _ in range(pace.NUM_RECENT):
         batches.record(1, 0.2)
@@ -61,13 +61,12 @@ QUEUES = {
 
 
 @pytest.mark.parametrize(("left", "taken"), QUEUES.values(), ids=QUEUES)
-def test_a_batch_skips_images_that_it_answers_too_late_unless_there_are_no_others(
-    clock, left, taken
-):
+def test_a_batch_skips_images_that_it_answers_too_late_unless_alone(clock, left, taken):
     queue = RequestQueue(batch_seconds=lambda _: 1.0)
     images = [QueuedImage(None, clock.time + seconds, lambda _: None) for seconds in left]  # type: ignore[arg-type]
     for image in images:
         queue.put(image)
+
     assert [images.index(image) for image in queue.take(2)] == taken
 
 
@@ -119,7 +118,7 @@ ARRIVALS = {
 
 
 @pytest.mark.parametrize(("waiting", "left", "again"), ARRIVALS.values(), ids=ARRIVALS)
-def test_an_image_is_refused_at_once_if_it_cannot_be_decoded_in_time(
+def test_an_image_is_refused_at_once_without_time_to_decode_it(
     clock, children, monkeypatch, waiting, left, again
 ):
     monkeypatch.setattr(pace, "MARGIN", 1.0)
@@ -142,9 +141,7 @@ SKIPPED = {
 
 
 @pytest.mark.parametrize(("until", "decoded"), SKIPPED.values(), ids=SKIPPED)
-def test_a_decoder_skips_what_cannot_be_in_time_unless_there_is_nothing_else(
-    clock, children, until, decoded
-):
+def test_a_decoder_skips_what_cannot_be_in_time_unless_alone(clock, children, until, decoded):
     shared, child = children
     waiting = [request_until(clock.time + seconds) for seconds in until]
     for request in waiting:

@@ -37,19 +37,19 @@ def test_the_busy_share_is_that_of_the_last_seconds(clock, workers, past, share)
     for seconds, count in past:
         busy.change(count - busy.num_busy)
         clock.time += seconds
+
     assert busy.share() == pytest.approx(share, abs=0.03)
     assert 0.0 <= busy.share() <= 1.0
 
 
 @pytest.mark.parametrize("worker", [0, 1, 2])
-def test_the_gauge_shows_the_busiest_of_the_decoders_the_device_and_the_event_loop(
-    clock, worker
-):
+def test_the_gauge_shows_the_busiest_part(clock, worker):
     metrics = Metrics()
     metrics.busy_shares.append(BusyShare())
     metrics.busy_shares[worker].change(1)
     clock.time += WINDOW
     shown = metrics.registry.get_sample_value("sopdeploy_busy")
+
     assert shown == pytest.approx(1.0, abs=0.03)
 
 
@@ -58,10 +58,11 @@ def test_seconds_that_have_ended_count_as_busy(clock):
     for _ in range(60):
         clock.time += 0.5
         busy.add(0.1)
+
     assert busy.share() == pytest.approx(0.2, abs=0.02)
 
 
-def test_an_event_loop_is_busy_while_it_computes_and_not_while_it_waits(monkeypatch) -> None:
+def test_an_event_loop_is_busy_only_while_it_computes(monkeypatch) -> None:
     seconds = [10.0, 10.2, 10.2, 10.25]
     counted: list[float] = []
     monkeypatch.setattr(module, "thread_seconds", lambda: seconds.pop(0))
@@ -78,11 +79,12 @@ def test_an_event_loop_is_busy_while_it_computes_and_not_while_it_waits(monkeypa
 
 
 @pytest.mark.parametrize("content", [None, "", "300000000 200000000 7"])
-def test_the_seconds_of_a_thread_have_its_waits_for_a_core_where_the_system_tells_them(
+def test_the_seconds_of_a_thread_have_its_waits_for_a_core(
     monkeypatch, tmp_path, content
 ) -> None:
     monkeypatch.setattr(module, "SCHEDULED", tmp_path / "schedstat")
     monkeypatch.setattr(time, "thread_time", lambda: 0.4)
     if content is not None:
         (tmp_path / "schedstat").write_text(content)
+
     assert thread_seconds() == pytest.approx(0.5 if content else 0.4)

@@ -66,7 +66,8 @@ def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jp
     assert all(secret not in stream.read_text() for secret in (key, "guess"))
 
 
-FORGED = {  # path: headers
+# Headers of each path
+FORGED = {
     "/nothing%0a%7B%22event%22:%22request%22%7D": {},
     "/nothing": {"x-request-id": 'a" "status": 200'},
     "/v1/classify?model=%0aforged%1b[2J": {},
@@ -79,6 +80,7 @@ def test_clients_cannot_forge_lines_or_control_a_terminal(logged, serve_with, fo
     for number, (path, headers) in enumerate(FORGED.items(), 1):
         client.post(path, content=b"x", headers=headers)
         wait_for(lambda number=number: stream.read_text().count("\n") == number)
+
     assert "forged" not in stream.read_text()
     assert "\x1b" not in stream.read_text()
 
@@ -124,18 +126,25 @@ def test_which_events_are_logged_by_default_and_with_settings(
     logging.getLogger("sopdeploy.inference").warning("warn")
     logging.getLogger("urllib3").info("of another library")
     logged.end()
+
     assert [word for word in ("hint", "warn") if word in found.read_text()] == expected
     assert found.read_text().count("\n") == len(expected)
 
 
+def num_dropped() -> float:
+    [metric] = logs.DROPPED.collect()
+    return next(sample.value for sample in metric.samples if sample.name.endswith("_total"))
+
+
 def test_lines_that_a_full_disk_refuses_are_counted(logged):
-    before = logs.DROPPED._value.get()
+    before = num_dropped()
     with (
         Path("/dev/full").open("w") as full,
         logs.configured(Settings(log="json"), full.fileno()),
     ):
         logging.getLogger("sopdeploy.access").info("lost")
-    assert logs.DROPPED._value.get() == before + 1
+
+    assert num_dropped() == before + 1
 
 
 H = b"Host: 127.0.0.1\r\nOrigin: https://shop.example\r\n"
@@ -148,9 +157,7 @@ EARLY = {
 
 
 @pytest.mark.parametrize("code", EARLY)
-def test_a_refusal_before_the_app_is_logged_counted_and_readable_for_an_allowed_page(
-    logged, serve_with, code
-):
+def test_a_refusal_before_the_app_is_logged_counted_and_readable(logged, serve_with, code):
     stream = logged(log="json")
     client = serve_with(FakeRuntime(num_classes=7), allowed_origins="https://shop.example")
     with connect(client) as wire:

@@ -90,9 +90,8 @@ def test_the_pages_of_processes_are_merged_by_metric_with_the_label_process() ->
     }
 
     assert counted == {("front-0", odd): 1.0, ("front-1", "b"): 1.0}
-    plain = [
-        one.labels for one in families["sopdeploy_connections"].samples
-    ]  # without labels of its own
+    # Without labels of its own
+    plain = [one.labels for one in families["sopdeploy_connections"].samples]
 
     assert plain == [{"process": "front-0"}, {"process": "front-1"}]
 
@@ -101,13 +100,12 @@ def test_a_process_without_a_page_is_down_and_changes_nothing_else() -> None:
     good = page_of("a")
     merged = merge_metrics({"front-0": b"", "front-1": good}, b"")
     up = b'sopdeploy_worker_up{process="front-%d"} %d.0\n'
+
     assert merged.replace(up % (0, 0), b"") == merge_metrics({"front-1": good}, b"")
     assert up % (1, 1) in merged
 
 
-def test_a_process_that_calls_a_metric_of_others_another_type_does_not_repeat_its_head() -> (
-    None
-):
+def test_a_metric_of_two_types_has_one_head() -> None:
     good = page_of("a")
     wrong = b"# HELP sopdeploy_connections x\n# TYPE sopdeploy_connections counter\nsopdeploy_connections 1.0\n"
     merged = merge_metrics({"front-0": good, "front-1": wrong}, b"")

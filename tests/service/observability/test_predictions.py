@@ -32,9 +32,11 @@ def test_predictions_of_v1_and_v2_are_counted_alike(
     with running(onnx_runtime, rejecting, Settings()) as client:
         page = client.get("/metrics").text
         assert len(re.findall(r"^sopdeploy_predictions_total\{.*\} 0\.0$", page, re.M)) == 7
+
         label = client.post("/v1/classify", content=jpeg).json()["classes"][0]["label"]
         reply = client.post("/v2/models/tiny/infer", json=PIXELS)
         assert reply.status_code == 200
+
         page = client.get("/metrics").text
         (model,) = client.get("/info").json()["models"]
 
@@ -42,6 +44,7 @@ def test_predictions_of_v1_and_v2_are_counted_alike(
     assert found[f'label="{label}",model="tiny"'] >= 1
     assert sum(found.values()) == 2
     assert counts(page, "sopdeploy_confidence_count") == {'model="tiny"': 2}
+
     num_unknown = 2 if threshold > 0 else 0
     assert sum(counts(page, "sopdeploy_unknown_images_total").values()) == num_unknown
     assert (model["last_day"]["num_images"], model["days_before"]["num_images"]) == (2, 0)
@@ -55,6 +58,7 @@ def test_several_classes_per_image_are_not_counted(bundle, onnx_runtime, jpeg) -
         assert client.post("/v1/classify", content=jpeg).status_code == 200
         assert "sopdeploy_predictions_total{" not in client.get("/metrics").text
         (model,) = client.get("/info").json()["models"]
+
     assert not {"last_day", "days_before"} & set(model)
 
 
@@ -65,6 +69,7 @@ def test_the_number_of_series_is_bounded() -> None:
     for index in (0, MAX_COUNTED_CLASSES - 1, MAX_COUNTED_CLASSES, 999):
         metrics.count_prediction("m", labels, Answer(ranked=((index, 0.7),)))
     page = generate_latest(metrics.registry).decode()
+
     assert page.count("sopdeploy_predictions_total{") == MAX_COUNTED_CLASSES + 1
     assert counts(page, "sopdeploy_predictions_total") == {
         'label="class 0",model="m"': 1,

@@ -56,10 +56,12 @@ def test_the_slow_exact_form_is_used_only_without_vnni(
         GraphOptimizationLevel=SimpleNamespace(ORT_ENABLE_ALL=99),
     )
     session_options(library, 1, CPU)
+
     assert (EXACT_INT8 in entries) == lacks_vnni
 
 
-PROCESSORS = {  # machine, flags: lacks VNNI
+# Machine, flags: lacks VNNI
+PROCESSORS = {
     ("x86_64", "avx2 avx512f"): True, ("x86_64", "avx2 avx_vnni"): False,
     ("x86_64", "avx512f avx512_vnni"): False, ("x86_64", None): True,
     ("aarch64", "asimd"): False, ("arm64", None): False,

@@ -28,15 +28,17 @@ def test_openvino_computes_the_outputs_of_onnx_runtime_and_keeps_them(bundle: Bu
     expected = OnnxRuntime(bundle, Settings(threads=1)).run(IMAGES)["logits"]
     outputs = runtime.run(IMAGES)["logits"]
     runtime.run(255 - IMAGES)
+
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
     assert runtime.run(IMAGES[:1])["logits"].shape == (1, 7)
     assert (runtime.device, runtime.largest_batch) == ("cpu", bundle.manifest.batch.maximum)
+
     runtime.close()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"no graph", "cannot compile the graph"), (None, "other tensors")],
+    [(b"no graph", "cannot compile"), (None, "other tensors")],
 )
 def test_another_graph_is_refused_in_one_line(
     bundle: Bundle, content: bytes | None, message: str
@@ -45,6 +47,7 @@ def test_another_graph_is_refused_in_one_line(
         model = onnx.load_model_from_string(bundle.onnx.read())
         model.graph.node[-1].output[0] = model.graph.output[0].name = "scores"
         content = model.SerializeToString()
+
     with pytest.raises(RuntimeUnavailableError, match=message) as problem:
         OpenVINORuntime(replace(bundle, graph=SealedFile([content])), Settings())
     assert "\n" not in str(problem.value)
@@ -64,9 +67,8 @@ def test_opening_it_sends_nothing_and_leaves_the_home_folder_alone(
     tmp_path: Path, home: str
 ) -> None:
     (tmp_path / "home").mkdir()
-    environment = {
-        name: value for name, value in os.environ.items() if name != "CI"
-    }  # switches it off, too
+    # Switches it off, too
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
     environment["HOME"] = str(tmp_path / home)
     done = subprocess.run(
         [sys.executable, "-c", OPENS],

@@ -16,8 +16,10 @@ def test_head_has_the_status_and_headers_of_get_and_no_body(client, path):
     get, head = client.get(path), client.head(path)
     assert get.content
     assert (head.status_code, head.content) == (get.status_code, b"")
+
     for reply in (get, head):
         for name in ("x-request-id", "date"):  # differ in every response
             reply.headers.pop(name, None)
+
     assert head.headers == get.headers
     assert int(head.headers["content-length"]) == len(get.content)

@@ -150,6 +150,7 @@ def test_an_invalid_request_is_rejected_without_waiting_for_the_rest(
     bad = wire()
     bad.sendall(sent)
     reply = read(bad)
+
     assert (reply.status, reply.code) == (status, code)
     assert reply.headers["content-type"] == "application/problem+json"
     assert len(reply.headers["x-request-id"]) == 32
@@ -182,11 +183,13 @@ def test_incomplete_requests_are_rejected_after_their_time(impatient):
         wires = {name: stack.enter_context(connect(impatient)) for name in INCOMPLETE}
         for name, wire in wires.items():
             wire.sendall(INCOMPLETE[name][0])
+
         for name, wire in wires.items():
             reply = read(wire)
             assert reply.status == 408
             assert time.monotonic() > started + 1
             found[name] = reply.code
+
     assert found == {name: code for name, (_, code) in INCOMPLETE.items()}
 
 
@@ -203,6 +206,7 @@ def test_slow_bytes_do_not_extend_the_timeout(impatient, start, code):
             bad.sendall(b"a")
             with suppress(TimeoutError):
                 data = bad.recv(65_536)
+
     assert data.startswith(b"HTTP/1.1 408")
     assert code in data
 
@@ -215,6 +219,7 @@ def test_the_time_for_the_answer_begins_when_the_body_has_arrived(serve_with, jp
         time.sleep(1.6)
         slow.sendall(request[-half:])
         reply = read(slow, to_the_end=False)
+
     assert reply.status == 200
 
 
@@ -224,6 +229,7 @@ def test_a_silent_or_idle_connection_is_closed_after_its_time(impatient):
         blank.sendall(b"\r\n\r\n")
         get(idle)
         assert [wire.recv(10) for wire in (quiet, blank, idle)] == [b""] * 3
+
     assert time.monotonic() > started + 1
 
 
@@ -252,9 +258,7 @@ def test_a_client_that_does_not_read_is_disconnected_after_its_own_time(bundle, 
 
 
 @pytest.mark.parametrize("following", [GET + b"\r\n", b"garbage", (GET + b"\r\n") * 5000])
-def test_a_request_that_does_not_wait_for_a_response_is_ignored_and_the_connection_closed(
-    wire, jpeg, following
-):
+def test_a_request_that_does_not_wait_is_ignored_and_closed(wire, jpeg, following):
     good = wire()
     good.sendall(post_of(jpeg) + following)
     reply = read(good)  # to the end
@@ -271,9 +275,11 @@ def test_chunks_are_accepted_in_every_valid_spelling_and_size(wire, jpeg):
         + b"0\r\n\r\n"
     )
     good = wire()
+
     for coding in VALID_CODINGS:
         good.sendall(POST + b"Transfer-Encoding:" + coding + b"\r\n\r\n" + body)
         assert read(good, to_the_end=False).status == 200
+
     good.sendall(
         CHUNKED
         + body[:-5]
@@ -288,7 +294,7 @@ def test_chunks_are_accepted_in_every_valid_spelling_and_size(wire, jpeg):
 NOWHERE = b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n"
 
 
-def test_a_response_before_the_body_keeps_the_connection_only_if_the_body_arrives(impatient):
+def test_an_early_response_keeps_the_connection_if_the_body_arrives(impatient):
     with connect(impatient) as good, connect(impatient) as bad:
         for wire in (good, bad):
             wire.sendall(NOWHERE)
@@ -314,9 +320,7 @@ def test_a_response_before_the_body_keeps_the_connection_only_if_the_body_arrive
 
 
 @pytest.mark.parametrize("header", [b"", b"Connection: close\r\n"])
-def test_each_piece_of_a_body_after_its_response_gets_time_until_the_rest_took_too_long(
-    client, monkeypatch, header
-):
+def test_pieces_of_a_body_after_its_response_get_limited_time(client, monkeypatch, header):
     waits = []
     start_timer = LimitedHttpProtocol._start_timer
 
@@ -361,6 +365,7 @@ def test_trailers_are_not_headers_of_the_request(wire):
     good = wire()
     good.sendall(CHUNKED + b"0\r\nX-Request-ID: late\r\nX-Request-Timeout-Ms: no\r\n\r\n")
     reply = read(good, to_the_end=False)
+
     assert reply.code == "empty_body"
     assert reply.headers["x-request-id"] != "late"
 
@@ -410,6 +415,7 @@ def test_expect_100_gets_100_continue_or_the_rejection_before_the_body(wire, jpe
     good = wire()
     good.sendall(POST + b"Content-Length: %d\r\n" % len(jpeg) + EXPECT + b"\r\n")
     assert good.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+
     good.sendall(jpeg)
     assert read(good, to_the_end=False).status == 200
     for status, (path, headers) in EXPECTING.items():
@@ -433,6 +439,7 @@ def test_http_1_0_has_no_interim_responses(wire, jpeg):
         POST.replace(b"1.1", b"1.0") + EXPECT + b"Content-Length: %d\r\n\r\n" % len(jpeg)
     )
     old.sendall(jpeg)
+
     assert read(old).status == 200
 
 
@@ -483,7 +490,9 @@ def test_the_limit_of_open_files_is_raised_for_the_connections(monkeypatch, soft
     monkeypatch.setattr(resource, "getrlimit", lambda _kind: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda _kind, limits: calls.append(limits))
     raise_file_limit(500)
+
     assert calls == ([(raised, hard)] if raised else [])
+
     monkeypatch.setattr(resource, "getrlimit", lambda _kind: (100, 627))
     with pytest.raises(ConfigError, match=r"max_connections 500: .*628 .* 627"):
         raise_file_limit(500)
@@ -511,13 +520,12 @@ def test_any_bytes_get_a_response_or_a_closed_connection(
             reply = wire.recv(65_536)
         except ConnectionError:
             reply = b""
+
     assert re.match(rb"HTTP/1\.1 [24]\d\d ", reply) or not reply
     assert client.get("/livez").status_code == 200
 
 
-def test_every_connection_over_the_limit_has_a_response_also_over_the_spare_ones(
-    crowded, wire, monkeypatch
-):
+def test_every_connection_over_the_limit_has_a_response(crowded, wire, monkeypatch):
     monkeypatch.setattr(connections, "SPARE", 2)
     hold(crowded, [wire(crowded) for _ in range(4)], NO_BODY)
     for _ in range(6):
@@ -526,9 +534,7 @@ def test_every_connection_over_the_limit_has_a_response_also_over_the_spare_ones
         assert len(crowded.app.state.connections.closing) <= 2
 
 
-def test_a_silent_connection_of_a_trusted_proxy_is_kept_as_long_as_proxies_keep_it(
-    serve_with, wire, monkeypatch
-):
+def test_a_silent_connection_of_a_trusted_proxy_is_kept(serve_with, wire, monkeypatch):
     monkeypatch.setattr(http_protocol, "HEADER_SECONDS", 0.05)
     monkeypatch.setattr(http_protocol, "KEEP_ALIVE_SECONDS", 0.1)
     client = serve_with(FakeRuntime(num_classes=7), trusted_proxies="127.0.0.1")

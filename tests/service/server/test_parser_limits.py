@@ -21,7 +21,8 @@ from tests.support.raw import GET, POST
 READ = 256_000  # bytes that uvloop reads at once
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 BODY = POST + b"Content-Length: 100\r\n\r\n"
-STREAMS: dict[str, Callable[[int], bytes]] = {  # of about so many bytes
+# Of about so many bytes
+STREAMS: dict[str, Callable[[int], bytes]] = {
     "headers": lambda size: GET + b"a:\r\n" * (size // 4),
     "trailers": lambda size: CHUNKED + b"0\r\n" + b"a:\r\n" * (size // 4),
     "a trailer": lambda size: CHUNKED + b"0\r\na: " + b"a" * size,

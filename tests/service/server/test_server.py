@@ -253,6 +253,7 @@ def test_a_hanging_runtime_exits_with_70(bundle_path, jpeg) -> None:
         reply = client.post("/v1/classify", content=jpeg)
         assert (reply.status_code, reply.json()["code"]) == (503, "runtime_dead")
         err = client.child.communicate(timeout=PATIENCE)[1]
+
     assert client.child.returncode == 70
     assert [json.loads(line)["level"] for line in err.splitlines()] == ["critical"]
 
@@ -335,13 +336,12 @@ def test_sighup_serves_the_latest_bundles_and_loses_no_request(tmp_path, jpeg, w
         shutil.rmtree(folder)
         client.child.send_signal(signal.SIGHUP)
         wait_for_refusals(client.child, way, "no such folder")
+
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
 @pytest.mark.parametrize("way", EACH_WAY)
-def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_request(
-    tmp_path, jpeg, way
-) -> None:
+def test_a_server_that_follows_a_link_loses_no_request(tmp_path, jpeg, way) -> None:
     live = tmp_path / "live"
     first, second = (write_bundle(tmp_path, seed=seed) for seed in (0, 1))
     wrong = write_bundle(tmp_path, seed=2, wrong_by=1.0)
@@ -399,11 +399,11 @@ Service.start = fail
         ("ConfigError('sandbox=required: no seccomp')", "sandbox=required: no seccomp"),
         (
             "RuntimeError('no thread')",
-            "the server cannot start (RuntimeError: no thread); check",
+            "RuntimeError: no thread",
         ),
         (
             "BlockingIOError(11, 'Try again')",
-            "cannot start (BlockingIOError: [Errno 11] Try again); check",
+            "BlockingIOError: [Errno 11] Try again",
         ),
     ],
 )
@@ -432,9 +432,7 @@ def test_a_signal_during_the_start_begins_a_drain_that_stays(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", EACH_WAY)
-def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(
-    bundle_path, jpeg, way
-) -> None:
+def test_a_stopped_reader_of_the_log_stops_no_request(bundle_path, jpeg, way) -> None:
     with serving(str(bundle_path), "--log", "json", *WAYS[way]) as client:
         fcntl.fcntl(client.child.stderr, fcntl.F_SETPIPE_SZ, 4096)  # full after ten requests
         statuses = {client.post("/v1/classify", content=jpeg).status_code for _ in range(60)}
@@ -444,7 +442,7 @@ def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(
         assert client.child.wait(60) == 0
 
 
-def test_a_port_in_use_an_unknown_host_and_a_bundle_that_is_not_a_link_are_errors(
+def test_a_port_in_use_and_other_wrong_arguments_are_errors(
     bundle_path: Path,
 ) -> None:
     no_link = "bundles/live"
@@ -468,4 +466,5 @@ def test_eight_seconds_of_soak_meet_every_bound(bundle_path: Path, tmp_path: Pat
     command += ["--bundles", str(bundle_path), str(write_bundle(tmp_path, seed=1))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = [line for line in done.stderr.splitlines() if "keep the key" not in line]
+
     assert (done.returncode, said) == (0, [])

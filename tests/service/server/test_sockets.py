@@ -69,7 +69,9 @@ def test_a_port_that_closes_hands_over_all_that_the_system_has_accepted() -> Non
             for number, client in enumerate(clients):
                 client.sendall(b"%d" % number)
             arrived = arrivals.close()
+
             assert listener.fileno() == -1
+
             received = []
             for connection, client in zip(arrived, clients, strict=True):
                 with connection, client:
@@ -111,4 +113,5 @@ def test_the_kernel_takes_little_for_a_client_that_does_not_read():
             with suppress(BlockingIOError):
                 while True:
                     taken += accepted.send(bytes(4096))
+
     assert taken < 2 * UNSENT_BYTES

@@ -134,11 +134,14 @@ def test_a_bad_file_shows_the_error_and_the_next_image_a_prediction(page, client
     give(page, b"no picture", name="notes.txt", type="text/plain")
     problem = client.post("/v1/classify", content=b"no picture").json()
     alert = page.get_by_role("alert")
+
     assert alert.text_content().lower() == f"{problem['detail']}.{problem['code']}".lower()
     assert page.locator("#classes li").count() == 0
+
     give(page, jpeg)
     assert alert.is_hidden()
     assert shown(page) == expected(client, jpeg)
+
     page.route("**/v1/classify**", lambda route: route.fulfill(status=200, body="not JSON"))
     give(page, jpeg)
     assert "cannot be reached" in alert.text_content()
@@ -201,6 +204,7 @@ def test_the_snippet_for_a_picture_gives_its_answer(page, client, jpeg, tmp_path
     code = page.locator(f"#code-{language} code").text_content()
     output = run_snippet(language, code, tmp_path)
     expected = client.post("/v1/classify", content=jpeg).json()["classes"]
+
     if language == "curl":
         assert json.loads(output)["classes"] == expected
     else:
@@ -275,6 +279,7 @@ def test_unknown_images_have_a_banner_and_gray_bars(open_page, bundle) -> None:
     with running(ContrastRuntime(num_classes=7), deciding(bundle, rule), Settings()) as client:
         found = [client.post("/v1/classify", content=body).json() for body in (BRIGHT, DARK)]
         assert [one["known"] for one in found] == [True, False]
+
         page = open_page(client.base_url)
         banner, status = page.locator("#unknown"), page.get_by_role("status")
 
@@ -344,17 +349,19 @@ def test_a_phone_offers_its_camera_and_no_drop(open_page, client):
     assert phone.locator(".others").is_hidden()
     assert phone.get_by_text("Choose a folder").is_hidden()
     assert phone.locator("#camera").get_attribute("capture") == "environment"
+
     desk = open_page(client.base_url)
     assert desk.get_by_text("Take a photo").is_hidden()
 
 
 @pytest.mark.parametrize(("width", "is_phone"), [(390, True), (1280, False)])
-def test_on_a_phone_the_prediction_stands_above_the_other_ways_to_choose_images(
+def test_on_a_phone_the_prediction_stands_above_other_controls(
     open_page, client, jpeg, width: int, is_phone: bool
 ):
     page = open_page(client.base_url, viewport={"width": width, "height": 844})
     give(page, jpeg)
     answer, choices = (page.locator(name).bounding_box() for name in ("#answer", ".choices"))
+
     if is_phone:
         assert answer["y"] + answer["height"] <= choices["y"]
     else:
@@ -421,7 +428,7 @@ def folder(tmp_path, jpeg) -> Path:
 
 
 @pytest.mark.parametrize("way", ["dropped", "chosen"])
-def test_the_images_of_a_folder_are_classified_and_saved_as_the_command_would(
+def test_the_images_of_a_folder_are_classified_as_by_the_command(
     page, client, jpeg, folder, way
 ):
     page.locator("h1", has_text="tiny").wait_for()
@@ -458,9 +465,7 @@ def test_a_folder_without_images_is_said_to_have_none(page, tmp_path):
     page.get_by_text("There are no images in this folder.").wait_for()
 
 
-def test_two_models_answer_side_by_side_in_the_list_and_in_the_file(
-    open_page, onnx_runtime, bundle, jpeg
-):
+def test_two_models_answer_side_by_side_in_list_and_file(open_page, onnx_runtime, bundle, jpeg):
     with running(onnx_runtime, bundle, Settings(), names=("first", "second")) as client:
         page = open_page(client.base_url)
         page.get_by_label("Beside").select_option("second")
@@ -561,11 +566,14 @@ def test_a_laptop_photographs_with_its_camera_until_it_is_turned_off(page):
     page.get_by_role("button", name="Use the camera").click()
     while not page.locator("#video").evaluate("video => video.videoWidth"):
         page.wait_for_timeout(20)
+
     assert page.evaluate("document.activeElement.id") == "snap"
+
     page.keyboard.press("Enter")
     done(page)
     assert page.locator("#file-note", has_text="camera.jpg").count() == 1
     assert page.locator("#classes li").count() == 5
+
     page.evaluate("track = document.getElementById('video').srcObject.getTracks()[0]")
     page.get_by_role("button", name="Turn the camera off").click()
     assert page.evaluate("track.readyState") == "ended"

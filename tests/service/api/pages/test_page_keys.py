@@ -25,7 +25,7 @@ def type_key(page, key):
     page.get_by_role("button", name="Use", exact=True).click()
 
 
-def test_the_page_requests_a_key_which_survives_a_reload_but_not_the_tab(
+def test_the_page_requests_a_key_which_survives_a_reload(
     open_page, locked, key, jpeg, tmp_path
 ):
     (tmp_path / "a.jpg").write_bytes(jpeg)
