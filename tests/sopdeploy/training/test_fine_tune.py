@@ -65,12 +65,8 @@ BRANCHES = [
     "model.config={base_width=4, aux_widths=[8,8,8], iterations=2}",
 ]
 DETACHABLE = ["model.name=dsop-head:resnet8", "model.config={base_width=4}"]
-KEPT = [
-    *FINE_TUNE,
-    *PLAIN,
-    "optimizer.lr=0.02",
-    "epochs=5",
-]  # random features are weak, so learning helps
+# Random features are weak, so learning helps
+KEPT = [*FINE_TUNE, *PLAIN, "optimizer.lr=0.02", "epochs=5"]
 UNDECIDED = [*FINE_TUNE, *PLAIN, "optimizer.lr=1e-6", "epochs=1"]  # hardly a weight changes
 HARMED = [*FINE_TUNE, *PLAIN, "optimizer.lr=3.0", "epochs=1"]
 
@@ -95,6 +91,7 @@ def test_the_fine_tuned_network_is_kept_only_if_it_is_better(
     with few_digits(every):
         result = train_with_page(recipe(*settings), tmp_path / "run")
     found: Any = result.procedure
+
     assert result.model == model or not model
     assert (found.kind, result.num_epochs) == (
         ("loop", 5) if verdict == "better" else ("few_shot", 1)
@@ -102,14 +99,17 @@ def test_the_fine_tuned_network_is_kept_only_if_it_is_better(
     assert found.tuning.is_better == (verdict == "better")
     if verdict is not None:
         assert found.tuning.verdict == verdict
+
     end = f"the {'fine-tuned' if verdict == 'better' else 'frozen'} network is kept"
     assert found.lines()[-1].startswith("fine-tuning: ")
     assert found.lines()[-1].endswith(end)
     assert found.lines()[-1] in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
     last = read_checkpoint(result.last)
     frozen = read_resumed(read_frozen(last, result.last), result.last).position
     assert frozen.seconds > 0
     assert result.seconds == frozen.seconds + read_resumed(last, result.last).position.seconds
+
     kept = read_checkpoint(result.best)
     right = _right(kept, result.best, every)
     assert right == (found.tuning.second if verdict == "better" else found.tuning.first)
@@ -127,43 +127,46 @@ def _right(checkpoint: Any, path: Path, every: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("counts", "text"),
+    ("counts", "verdict", "figures"),
     [
         (
             {"count": 400, "first": 347, "second": 372, "wins": 40, "losses": 15},
-            "93.0 % instead of 86.8 % of 400 validation images, better on 40, worse on 15, p 0.001; "
-            "the fine-tuned network is kept",
+            "better",
+            ("93.0 %", "86.8 %", "better on 40", "worse on 15", "p 0.001"),
         ),
         (
             {"count": 100, "first": 87, "second": 92, "wins": 8, "losses": 3},
-            "92.0 % instead of 87.0 % of 100 validation images, better on 8, worse on 3, p 0.23; "
-            "too few to decide: they show differences from about 9.6 points; the frozen network is kept",
+            "not worse",
+            ("92.0 %", "87.0 %", "p 0.23", "9.6 points"),
         ),
         (
             {"count": 50, "first": 40, "second": 41, "wins": 1, "losses": 0},
-            "82.0 % instead of 80.0 % of 50 validation images, better on 1, worse on 0, p 1; "
-            "too few to decide: they show differences from about 12 points; the frozen network is kept",
+            "undecided",
+            ("82.0 %", "80.0 %", "p 1", "12 points"),
         ),
         (
             {"count": 400, "first": 372, "second": 347, "wins": 15, "losses": 40},
-            "86.8 % instead of 93.0 % of 400 validation images, better on 15, worse on 40, p 0.001; "
-            "worse, so the frozen network is kept",
+            "worse",
+            ("86.8 %", "93.0 %", "p 0.001"),
         ),
         (
             {"count": 5000, "first": 4500, "second": 4500, "wins": 20, "losses": 20},
-            "90.0 % instead of 90.0 % of 5000 validation images, better on 20, worse on 20, p 1; "
-            "too few to decide: they show differences from about 0.36 points; the frozen network is kept",
+            "not worse",
+            ("90.0 %", "p 1", "0.36 points"),
         ),
-        (
-            {"count": 5},
-            "5 validation images, too few to decide, give at least 6; the frozen network is kept",
-        ),
+        ({"count": 5}, "undecided", ("5 validation images", "6")),
     ],
 )
 def test_a_line_says_what_the_held_out_photographs_decide(
-    counts: dict[str, int], text: str
+    counts: dict[str, int], verdict: str, figures: tuple[str, ...]
 ) -> None:
-    assert Tuning(**counts).describe() == f"fine-tuning: {text}"
+    tuning = Tuning(**counts)
+    line = tuning.describe()
+
+    assert tuning.verdict == verdict
+    assert all(figure in line for figure in figures)
+    kept = "fine-tuned" if verdict == "better" else "frozen"
+    assert line.endswith(f"the {kept} network is kept")
 
 
 @pytest.mark.slow
@@ -180,6 +183,7 @@ def test_with_too_few_held_out_photographs_nothing_is_trained(
     (root / "labels.csv").write_text("\n".join(["file,classes,group", *rows]), encoding="utf-8")
     settings = [*FINE_TUNE[:3], *FINE_TUNE[4:], *PLAIN]
     result = train(root, out=tmp_path / "run", set=settings, callback=callback)
+
     assert result.held_out_count == 3 * frames
     assert result.procedure.lines()[-1] == Tuning(count=3).describe()
     assert not [name for name, _ in callback.events if name == "step"]
@@ -199,6 +203,7 @@ def test_equal_files_with_different_labels_are_one_warning(tmp_path: Path, kind:
     callback = RecordingCallback()
     train(root.parent, out=tmp_path / "run", set=settings, callback=callback)
     warnings = [values["warning"] for name, values in callback.events if name == "warning"]
+
     assert len([warning for warning in warnings if "different labels" in warning]) == 1
 
 
@@ -271,8 +276,10 @@ def test_branches_of_the_network_train_it_and_are_detached_with_proof(
     monkeypatch.setattr(Tuning, "is_better", True)  # whatever the figures are
     with few_digits(14):
         result = train_with_page(recipe(*FINE_TUNE, *network, "epochs=1"), tmp_path / "run")
+
     assert result.model == name
     assert column in (tmp_path / "run" / "history.csv").read_text()
+
     with proving_once():
         exported = sopdeploy.export(result.best, tmp_path / "bundles", detach=True, max_batch=1)
     assert (exported.certificate.proof, exported.certificate.detached) == (
@@ -289,6 +296,7 @@ def test_a_head_that_is_detached_starts_from_its_own_closed_form(tmp_path: Path)
         alone = train_recipe(recipe(*second_order), tmp_path / "alone")
     branch = read_checkpoint(detachable.last).weights
     head = read_checkpoint(alone.last).weights
+
     for name in ("fc.weight", "fc.bias"):
         assert torch.allclose(branch[f"branch.{name}"], head[f"pooled_head.{name}"], atol=1e-5)
 
@@ -306,6 +314,7 @@ def test_a_branch_that_is_no_better_than_chance_is_named(num_right: int, is_idle
         epoch=1, lr=0.1, losses={}, metrics=metrics, seconds=1.0, diagnostics=diagnostics
     )
     told = [*idle_branches([row], images.replaced(targets=targets))]
+
     assert len(told) == is_idle
     assert not [*idle_branches([], images)]  # of a run that has trained no epoch
 
@@ -333,6 +342,7 @@ def test_class_means_are_those_of_the_network_that_is_kept(
     expected = mean_vectors(
         unit_length(vectors), np.eye(10)[targets] * weights_of(images)[:, None]
     )
+
     assert np.allclose(network.pooled_head.means.numpy(), expected, atol=1e-5)
 
 
@@ -345,7 +355,7 @@ def test_class_means_are_those_of_the_network_that_is_kept(
         ("head:resnet18", {}, "layer2."),
     ],
 )
-def test_the_first_half_of_the_stages_and_the_statistics_of_batch_norms_are_frozen(
+def test_the_first_half_of_the_stages_is_frozen(
     name: str, config: dict[str, Any], last_frozen: str
 ) -> None:
     network = create_model(name, num_classes=3, **config)
@@ -357,6 +367,7 @@ def test_the_first_half_of_the_stages_and_the_statistics_of_batch_norms_are_froz
     ]
     learning = [key for key, parameter in network.named_parameters() if parameter.requires_grad]
     names = [key for key, _ in network.named_parameters()]
+
     assert names == [*frozen, *learning]  # the first ones are frozen
     assert frozen[-1].startswith(last_frozen)
     assert not any(key.startswith(last_frozen) for key in learning)
@@ -367,10 +378,11 @@ def test_the_first_half_of_the_stages_and_the_statistics_of_batch_norms_are_froz
     assert len(first_stages(network)) > 0
 
 
-def test_batch_norms_of_new_parts_update_their_statistics_if_the_recipe_says_so() -> None:
+def test_batch_norms_of_new_parts_update_their_statistics_on_demand() -> None:
     pooling = {"kind": "isqrt", "width": 8}
     network = create_model("resnet8", num_classes=3, base_width=4, pooling=pooling)
     new = ("fc", "pooling")
+
     for kept, expected in (("all", set()), ("loaded", {"pooling.layer_reduce_bn"})):
         start = StartConfig(learn="last_stages", keep_statistics=kept)
         set_train_mode(network, start, new)
@@ -387,6 +399,7 @@ def test_only_the_classifier_learns_if_the_recipe_says_so() -> None:
     freeze(network, start)
     set_train_mode(network, start)
     learning = {key for key, parameter in network.named_parameters() if parameter.requires_grad}
+
     assert learning == {"fc.weight", "fc.bias"}
     assert [key for key, module in network.named_modules() if module.training] == ["", "fc"]
 
@@ -396,13 +409,14 @@ def test_branches_read_the_maps_that_the_head_reads() -> None:
         "head:dsop-resnet8", num_classes=3, aux_widths=[8, 8, 8], head={"kind": "gap"}
     )
     output = network(torch.randn(2, 3, 32, 32))
+
     assert isinstance(output, TrainingOutput)
     assert {name: logits.shape for name, logits in output.branches.items()} == dict.fromkeys(
         ("layer1_0", "layer2_0", "layer3_0"), (2, 3)
     )
 
 
-def test_selecting_the_procedure_replaces_the_settings_of_the_loop_but_not_those_that_are_given(
+def test_selecting_the_procedure_replaces_the_settings_that_are_not_given(
     tmp_path: Path,
 ) -> None:
     selected = recipe(
@@ -411,13 +425,16 @@ def test_selecting_the_procedure_replaces_the_settings_of_the_loop_but_not_those
     assert selected == recipe(
         "data.path=.", "procedure={kind='fine_tune'}", "epochs=3", "optimizer.lr=1e-4"
     )
+
     given = "epochs=3\ndata.path='.'\noptimizer.lr=1e-4"
     (tmp_path / "mine.toml").write_text(f"base='photos'\nprocedure.kind='fine_tune'\n{given}")
     assert selected == read_recipe(tmp_path / "mine.toml")
+
     # without a base, it says all itself
     whole = f"procedure.kind='fine_tune'\n{recipe_text('digits-dsop')}"
     (tmp_path / "whole.toml").write_text(whole, encoding="utf-8")
     unchanged = read_recipe("digits-dsop").model_copy(update={"procedure": FineTuneConfig()})
+
     assert read_recipe(tmp_path / "whole.toml") == unchanged
     assert isinstance(selected.procedure, FineTuneConfig)
     assert (selected.epochs, selected.optimizer.lr, selected.optimizer.kind) == (
@@ -438,6 +455,7 @@ def test_several_classes_per_image_are_one_line(tmp_path: Path) -> None:
     ]
     rows[0] += "|red"
     (photos / "labels.csv").write_text("\n".join(["file,classes", *rows]))
+
     with pytest.raises(ConfigError, match=r"fine_tune: .*few_shot"):
         train(photos, out=tmp_path / "run", set=[*FINE_TUNE[:3], *FINE_TUNE[4:], *PLAIN])
     assert not (tmp_path / "run").exists()

@@ -65,6 +65,7 @@ def test_an_error_names_the_argument(case: str, weights: Path) -> None:
     name, kind, message = WRONG[case]
     options = NARROW if name == "resnet34" else {}
     pretrained: Any = weights if name == "resnet34" else True
+
     with pytest.raises(kind, match=message) as error:
         sopdeploy.create_model(name, 3, pretrained=pretrained, **options)
     assert isinstance(error.value, SopdeployError)

@@ -34,13 +34,16 @@ def test_gsop_jitters_scale_and_color_as_he_et_al_do() -> None:
 def test_the_imagenet_recipe_follows_the_paper() -> None:
     recipe = read_recipe("imagenet-dsop-resnet50")
     assert (recipe.epochs, recipe.batch_size) == (90, 256)
+
     augment = {"kind": "random-side", "flip": 0.5, "crop": None, "sides": (256, 512)}
     assert recipe.augment.model_dump() == augment
+
     rates = [
         recipe.optimizer.lr * recipe.schedule.factor(epoch, 90)
         for epoch in (0, 29.99, 30, 60, 89.99)
     ]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001])
+
     sgd = {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False}
     assert recipe.optimizer.model_dump() == {**sgd, "weight_decay": 1e-4, "clip_norm": 0.0}
 
@@ -150,6 +153,7 @@ def test_errors_in_a_recipe_file_name_the_file(tmp_path) -> None:
     path, text = tmp_path / "mine.toml", recipe_text("digits-dsop")
     path.write_text(text)
     assert read_recipe(path) == read_recipe("digits-dsop") == read_recipe(str(path))
+
     contents = {
         text.replace("epochs", "epoch").encode(): "epoch",
         b"epochs = ": "not TOML",
@@ -167,19 +171,21 @@ def test_errors_in_a_recipe_file_name_the_file(tmp_path) -> None:
         assert str(path) in str(error.value)
 
 
-def test_a_base_gives_the_values_that_a_recipe_lacks_but_none_of_another_kind(tmp_path) -> None:
+def test_a_base_gives_missing_values_but_none_of_another_kind(tmp_path) -> None:
     path, base = tmp_path / "mine.toml", read_recipe("digits-dsop")
     text = 'base = "digits-dsop"\nsummary = "mine"\nepochs = 3\n[optimizer]\nkind = "radam"\nlr = 0.01\n'
     path.write_text(f'{text}[preprocess]\ncrop = 12\n[model]\nname = "resnet8"\n')
     preprocess = base.preprocess.model_copy(update={"crop": 12})
     expected = {"summary": "mine", "epochs": 3, "preprocess": preprocess}
     found = read_recipe(path)
+
     assert found.optimizer.model_dump(exclude_defaults=True) == {"kind": "radam", "lr": 0.01}
+
     unchanged = {"model": base.model, "optimizer": base.optimizer}
     assert found.model_copy(update=unchanged) == base.model_copy(update=expected)
 
 
-def test_a_value_is_set_in_a_table_that_a_run_records_as_absent() -> None:
+def test_a_value_is_set_in_a_table_that_is_absent() -> None:
     recorded = read_recipe("digits-dsop").model_dump(mode="json")
     changes = [("ema.decay", 0.5), ("start.weights", "none")]
     assert (
@@ -213,9 +219,7 @@ def test_the_settings_in_the_comments_of_a_recipe_are_valid(name, settings) -> N
         (["model.name=dsop-resnet8", "model.config.iterations=2"], {"iterations": 2}),
     ],
 )
-def test_another_network_drops_the_values_of_the_recipe_that_it_does_not_have(
-    settings, config
-) -> None:
+def test_another_network_drops_the_values_that_it_does_not_have(settings, config) -> None:
     assert read_recipe("imagenet-distilled-resnet50", settings).model.config == config
 
 

@@ -64,11 +64,14 @@ def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -
         short.append("epochs=2")
     recipe, out = read_recipe(name, [*SMALL[name], *short]), tmp_path / "run"
     interrupt(recipe, out, "step", 0, 0)
+
     assert read_checkpoint(out / "last.pt").resume["position"]["step"] == 1
+
     result = train_recipe(recipe, out, resume=True)
     stored = read_checkpoint(result.best)
     assert result.num_epochs == recipe.epochs
     assert stored.training["recipe"]["summary"] == recipe.summary
+
     config = make_config(recipe.model.name, recipe.model.config).model_dump(mode="json")
     if recipe.procedure.kind == "fine_tune":
         last = read_checkpoint(result.last)
@@ -78,6 +81,7 @@ def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -
         }
     else:
         assert (stored.model, stored.config) == (recipe.model.name, config)
+
     scores = score_checkpoint(
         result.best, write_classes(tmp_path / "evaluation", stored.labels, 1)
     ).predictions
@@ -86,7 +90,7 @@ def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("family", ["isqrt", "gsop", "gmsop"])
-def test_a_small_recipe_of_each_family_learns_a_few_images_as_it_is(
+def test_a_small_recipe_of_each_family_learns_a_few_images(
     family, tmp_path, monkeypatch
 ) -> None:
     write_cifar(tmp_path / "data", "cifar10", monkeypatch)
@@ -99,5 +103,6 @@ def test_a_small_recipe_of_each_family_learns_a_few_images_as_it_is(
     result = train_recipe(read_recipe(f"cifar10-{family}-resnet20", settings), tmp_path / "run")
     with result.history.open(encoding="utf-8") as file:
         losses = [float(row["train_main"]) for row in csv.DictReader(file)]
+
     assert len(losses) == 6
     assert losses[-1] < 0.8 * losses[0]

@@ -78,7 +78,7 @@ def test_runs_are_numbered_and_latest_leads_to_the_newest_one(photos: Path) -> N
     assert (latest / "best.pt").read_bytes() == Path("runs/mine/best.pt").read_bytes()
 
 
-def test_a_training_that_starts_at_once_with_another_one_takes_the_next_number(
+def test_a_training_that_starts_at_once_takes_the_next_number(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock_file = run_folder.lock_file
@@ -103,15 +103,18 @@ def test_a_resumed_run_that_another_process_trains_is_an_error(
     done = CliRunner().invoke(app, ["train", "--data", "photos", "--resume", "always"])
 
     assert done.exit_code == 2
-    assert "another process trains in this folder" in done.stderr
+    assert "another process" in done.stderr
 
 
 def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> None:
     assert list_runs() == []
+
     outs = [train(settings=LOOP), train("--name", "lights", settings=LOOP)]
     assert outs == [Path("runs/photos-1"), Path("runs/lights-1")]
+
     checkpoints = [read_checkpoint(out / "best.pt") for out in outs]
     assert [checkpoint.project for checkpoint in checkpoints] == ["photos", "lights"]
+
     first = checkpoints[0].origin
     assert first is not None
     assert first.formats == ("png",)
@@ -121,6 +124,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
         2,
         10,
     )
+
     days = [f"2026-01-0{day}T10:00:00.000000Z" for day in (1, 2, 3)]
     old, new, pulled = (
         write_hollow(
@@ -139,6 +143,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
         Path("runs/older/best.pt"), replace(checkpoints[0], training={"procedure": {}})
     )
     rows = {(row.run, row.bundle): row for row in list_runs()}
+
     assert [key for key, row in rows.items() if row.newest] == [
         ("", pulled.name),
         ("photos-1", new.name),
@@ -147,12 +152,13 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
         ("photos-1", old.name), ("photos-1", new.name), ("photos-1", "broken"), ("lights-1", ""),
         ("", pulled.name), ("broken", ""), ("older", ""),
     }  # fmt: skip
+
     of_old = rows["photos-1", old.name]
     assert (of_old.num_images, of_old.num_classes, of_old.date) == (12, 2, days[0])
     assert of_old.estimate.startswith("top-1 ")
     assert "exported earlier" in of_old.problem
     assert rows["photos-1", "broken"].problem == f"a copy of {new.name}"
-    assert "damaged or not a checkpoint" in rows["broken", ""].problem
+    assert "damaged" in rows["broken", ""].problem
     assert "no valid result" in rows["older", ""].problem
 
     write_runs_page()
@@ -164,6 +170,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
 @pytest.mark.slow
 def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     assert train("--resume", "auto", settings=LOOP) == Path("runs/photos-1")
+
     before = read_checkpoint(Path("runs/photos-1/last.pt")).origin
     assert train("--resume", "always", settings=LOOP) == Path("runs/photos-1")
     assert read_checkpoint(Path("runs/photos-1/last.pt")).origin == before
@@ -176,9 +183,11 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
             weights="none",
             set=[*SMALL, *LOOP],
         )
+
     for number in (2, 10):
         Path(f"runs/photos-{number}").mkdir()
         os.link("runs/photos-1/last.pt", f"runs/photos-{number}/last.pt")
+
     assert train("--resume", "always", settings=LOOP) == Path("runs/photos-10")
     assert train(settings=LOOP) == Path("runs/photos-11")
 
@@ -188,11 +197,11 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     [
         (
             ["procedure.kind=few_shot", "epochs=50", "optimizer.lr=5"],
-            r"epochs, optimizer\.lr: without effect",
+            r"epochs, optimizer\.lr: ",
         ),
         (
             ["procedure.kind=few_shot", 'schedule={kind="one-cycle"}'],
-            r"schedule\.kind: without effect",
+            r"schedule\.kind: ",
         ),
         ([*LOOP, "procedure.folds=3"], r"procedure\.folds: "),
     ],
@@ -207,7 +216,7 @@ def test_an_option_that_the_procedure_does_not_read_is_an_error(
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(
+def test_a_run_starts_from_another_one_and_is_compared_with_it(
     photos: Path,
 ) -> None:
     first = train("--name", "lights", settings=[*LOOP, "batch_size=3"])
@@ -219,6 +228,7 @@ def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(
     for number, path in enumerate(sorted((photos / "black").iterdir())):
         pixels = np.random.default_rng(number).integers(0, 30, (20, 20, 3), np.uint8)
         Image.fromarray(pixels).save(path)
+
     for source, folder, added in (
         (first, "lights-1", "+0 photos, new: black, no longer a class: dark"),
         (Path("runs/latest"), "lights-2", "+0 photos"),
@@ -245,6 +255,7 @@ def test_the_page_of_a_run_lists_those_of_its_project_before_it(photos: Path) ->
     figures = dict(training_rows(read_checkpoint(before / "best.pt").training))["accuracy"]
     page = (train(settings=LOOP) / "report.html").read_text(encoding="utf-8")
     section = page.partition("<h2>Runs before</h2>")[2].partition("<h2>")[0]
+
     assert section.count("<tr>") == 2  # the heading and one run
     for cell in ("photos-1", "12", "2", html.escape(figures)):
         assert f"<bdi>{cell}</bdi>" in section
@@ -290,7 +301,7 @@ def test_a_loop_has_a_problem_if_its_accuracy_is_at_chance(
 
 
 @pytest.mark.parametrize(("problem", "last"), [("", "next"), ("chance", "problem")])
-def test_a_finished_run_prints_classes_results_where_they_are_and_what_to_type(
+def test_a_finished_run_prints_results_and_the_next_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], problem: str, last: str
 ) -> None:
     calibration = Calibration(
@@ -312,7 +323,9 @@ def test_a_finished_run_prints_classes_results_where_they_are_and_what_to_type(
         )
     )
     printed = capsys.readouterr().out
+
     assert ("sopdeploy export" in printed) == (not problem)
+
     begins = [line.partition(":")[0] for line in printed.splitlines()]
     assert [line.split() for line in begins[:2]] == [
         ["class", "images", "precision", "recall"],

@@ -122,7 +122,9 @@ def test_page_list_card_and_result_have_the_same_warnings_and_scores(
     callback = RecordingCallback()
     result = train(photos, Path("runs/photos-1"), procedure, callback=callback)
     told = [values["warning"] for kind, values in callback.events if kind == "warning"]
+
     assert result.warnings == tuple(told)
+
     # A network of random weights also causes warnings that have nothing to do with the folder.
     of_images = [warning for warning in told if re.search(OF_FOLDERS, warning)]
     assert len(of_images) == bool(expected)
@@ -133,10 +135,13 @@ def test_page_list_card_and_result_have_the_same_warnings_and_scores(
     header = page.partition("<header>")[2].partition("<dl>")[0]
     assert all(warning in header for warning in told)
     assert ('<ul class="warnings">' in header) == bool(told)
+
     best = read_checkpoint(result.best)
     assert best.training.get("warnings", []) == told
+
     (row,) = list_runs()
     assert row.warnings == result.warnings
+
     rows = training_rows(best.training)
     assert [text for name, text in rows if name == "warning"] == told
 
@@ -144,6 +149,7 @@ def test_page_list_card_and_result_have_the_same_warnings_and_scores(
     score = result.procedure.top1
     assert score is not None
     assert score.count == count
+
     described = dict(rows)["accuracy"]
     assert row.estimate == described
     assert f"{100 * score.share:.1f} %" in str(described)
@@ -162,6 +168,7 @@ def test_a_finished_run_tells_its_warnings_again(tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = train(photos, out, "few_shot")
     again = train(photos, out, "few_shot", resume=True)
+
     assert sum("validation images" in warning for warning in first.warnings) == 1
     assert len(set(first.warnings)) == len(first.warnings)
     assert (again.warnings, again.procedure.top1) == (first.warnings, first.procedure.top1)
@@ -190,13 +197,15 @@ def test_the_list_of_runs_reads_no_checkpoint_of_runs_with_a_summary(tmp_path: P
     assert read_run(result.best)[1].problem
 
 
-def test_a_warning_is_told_once_and_those_of_the_run_before_are_kept() -> None:
+def test_a_warning_is_told_once_and_earlier_ones_are_kept() -> None:
     callback = RecordingCallback()
     record = WarningRecord(callback)
     record.keep(["of the run before"])
     for warning in ("new", "of the run before", "new"):
         record.on_warning(warning)
+
     assert record.warnings == ["of the run before", "new"]
     assert [values["warning"] for _, values in callback.events] == ["new", "of the run before"]
+
     passed_on = {name for name in vars(Callback) if name.startswith("on_")}
     assert passed_on <= vars(ForwardingCallback).keys()

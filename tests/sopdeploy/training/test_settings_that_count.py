@@ -69,10 +69,12 @@ def test_the_few_shot_procedure_reads_the_keys_that_it_declares(
     leaves = {
         key for key in declared if not any(key.startswith(f"{table}.") for table in tables)
     } | tables
+
     assert {key for key in read if not recipe.reads(key)} == set()
     assert {
         key for key in leaves if key not in read and f"{key}." not in TABLES.values()
     } <= not_traced
+
     missing = {
         "data.hold_out",
         "data.hold_out_seed",
@@ -120,6 +122,7 @@ def test_the_part_to_hold_out_is_refused_where_the_data_have_one(
     for label in ("blue", "green", "red"):
         shutil.copytree(photos / label, photos / "val" / label)
         (photos / label).rename(photos / "train" / label)
+
     with pytest.raises(ConfigError, match="validation images"):
         sopdeploy.train(photos, weights="none", out=photos.parent / "run", set=(*TINY, key))
 
@@ -189,4 +192,5 @@ def test_a_crop_alone_scales_the_side_before_it(
     table = "".join(f"{text.removeprefix('preprocess.')}\n" for text in before)
     base.write_text(f'base = "photos"\n[data]\npath = "x"\n[preprocess]\n{table}')
     rules = read_recipe(base, [change]).preprocess
+
     assert (rules.resize, rules.crop) == sides

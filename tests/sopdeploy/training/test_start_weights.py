@@ -155,15 +155,19 @@ def test_torchvision_weights_are_downloaded_once_and_fill_the_backbone(
     pooling = ', pooling={kind="isqrt", width=8}' if model == "isqrt-resnet50" else ""
     settings = f"model.name={model}", f"model.config={{depth=18, base_width={BASE}{pooling}}}"
     initial = start(*settings)
+
     assert (tmp_path / "torch" / "hub" / "checkpoints" / name).read_bytes() == resnet18
+
     given = load_plain(Path(name), resnet18)
     own = initial.model.state_dict()
     assert all(torch.equal(own[tensor], given[tensor]) for tensor in BACKBONE)
     assert initial.start is not None
     assert set(new) <= set(initial.start.new) <= {*new, "fc", "pooling", "pooled_head.fc"}
+
     unused = ("fc",) if model.startswith("head:") else ()
     assert (initial.start.file, initial.start.unused) == (name, unused)
     assert (initial.recipe.preprocess.resize, initial.recipe.preprocess.crop) == (256, 224)
+
     server.fault = "not found"  # the second run needs no server
     assert start(*settings).start == initial.start
     assert server.requests == [f"GET /models/{name}"]
@@ -175,7 +179,7 @@ VIT = "timm:test_vit.r160_in1k"
 
 @pytest.mark.parametrize("stored", [96, 160])
 @pytest.mark.parametrize("crop", [None, 64, 160])
-def test_a_network_with_position_embeddings_takes_the_size_of_the_recipe_or_else_of_its_weights(
+def test_a_network_with_position_embeddings_takes_the_size_of_its_weights(
     tmp_path: Path, stored: int, crop: int | None
 ) -> None:
     given = create_model(VIT, num_classes=5, image_size=stored).state_dict()
@@ -183,6 +187,7 @@ def test_a_network_with_position_embeddings_takes_the_size_of_the_recipe_or_else
     settings = () if crop is None else (f"preprocess.crop={crop}",)
     initial = start(f"model.name={VIT}", f"start.weights={tmp_path}/test_vit.pth", *settings)
     side, own = crop or stored, initial.model.state_dict()["pos_embed"]
+
     assert initial.recipe.preprocess.crop == initial.model.fixed_size == side
     assert initial.model(torch.zeros(1, 3, side, side)).shape == (1, len(LABELS))
     assert torch.equal(own[:, 0], given["pos_embed"][:, 0])  # of the class token
@@ -202,6 +207,7 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(
     server.fault = fault
     with pytest.raises(WeightsError) as error:
         start("model.name=resnet18")
+
     place = (
         f"get http://.*/models/{name} and put it at {tmp_path}/torch/hub/checkpoints/{name}$"
     )
@@ -210,8 +216,10 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(
         if fault == "not found"
         else f"{name}: removed, its SHA-256 is .*, not {name[9:17]}"
     )
+
     assert re.search(expected, str(error.value))
     assert "\n" not in str(error.value)
+
     if fault == "not found":
         error.value.__cause__.close()
     assert [path for path in (tmp_path / "torch").rglob("*") if path.is_file()] == []
@@ -224,6 +232,7 @@ def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, 
     torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / name)
     if hub is not None:
         (tmp_path / "config.json").write_text(json.dumps({"architecture": hub}))
+
     for settings, network in (
         ((), "timm:test_efficientnet"),
         (("model.name=resnet18",), "resnet18"),
@@ -273,14 +282,15 @@ def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(
     initial = start()
     own = initial.model.state_dict()
     new = [name for name, tensor in given.items() if not torch.equal(own[name], tensor)]
+
     assert new == ["classifier.weight", "classifier.bias"]
     assert (
         "/timm/tf_efficientnet_lite0.in1k/resolve/main/model.safetensors" in server.requests[-1]
     )
+
     published = Preprocess.from_timm(timm.get_pretrained_cfg("tf_efficientnet_lite0").to_dict())
-    assert initial.recipe.preprocess == published.model_copy(
-        update={"decoding": "fast"}
-    )  # the recipe's
+    # The recipe's
+    assert initial.recipe.preprocess == published.model_copy(update={"decoding": "fast"})
     assert LITE["efficientnet-lite2"] == Preprocess.from_timm(
         timm.get_pretrained_cfg("tf_efficientnet_lite2").to_dict()
     )
@@ -304,14 +314,17 @@ def test_timm_weights_come_from_its_hub_and_then_from_its_cache(
     server.content = safetensors.torch.save(given)
     initial = start(f"model.name={model}")
     own = initial.model.state_dict()
+
     assert all(
         torch.equal(own[name], tensor)
         for name, tensor in given.items()
         if not name.startswith("fc")
     )
     assert initial.start is not None
+
     new = {"dsop-timm": ("branches", "fc"), "head": ("pooled_head", "pooled_head.fc")}
     assert initial.start.new == new.get(model.partition(":")[0], ("fc",))
+
     rules = timm.get_pretrained_cfg("test_resnet")
     found = initial.recipe.preprocess
     assert (found.crop, found.mean, found.interpolation) == (
@@ -319,24 +332,30 @@ def test_timm_weights_come_from_its_hub_and_then_from_its_cache(
         rules.mean,
         rules.interpolation,
     )
+
     server.fault = "not found"
     assert start(f"model.name={model}").start == initial.start
+
     blob = next((tmp_path / "hub").rglob("blobs/*"))
     blob.write_bytes(server.content[:-4] + b"\0\0\0\1")
     with pytest.raises(WeightsError, match=r"model.safetensors: .*SHA-256"):
         start(f"model.name={model}")
+
     server.requests.clear()
-    with pytest.raises(WeightsError, match=r"timm/test_resnet.*/model.safetensors") as refused:
+    with pytest.raises(WeightsError, match=r"test_resnet.*/model\.safetensors") as refused:
         start(f"model.name={model}")
     assert len(server.requests) == 1
 
     # A file that somebody copies to the place that the error names is found without a hub.
-    path = Path(str(refused.value).partition("put it at ")[2].partition(";")[0])
-    assert path.is_relative_to(tmp_path)
+    place = re.search(rf"{tmp_path}/\S+\.safetensors", str(refused.value))
+    assert place is not None
+
+    path = Path(place[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # a link to the removed blob
     path.write_bytes(server.content)
     shutil.rmtree(path.parents[2] / "refs", ignore_errors=True)  # of the earlier download
+
     assert start(f"model.name={model}").start == initial.start
     assert len(server.requests) == 1
 
@@ -345,34 +364,35 @@ def test_a_file_of_another_network_is_refused_with_its_name(tmp_path) -> None:
     with torch.device("meta"):
         network = torchvision.models.resnet50(num_classes=2)
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    zeros = {
-        name: torch.zeros(()).expand(shape) for name, shape in shapes.items()
-    }  # one value is stored
+    # One value is stored
+    zeros = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
     torch.save(zeros, tmp_path / "mine.pth")
-    difference = r"layer1.0.conv1.weight is \(64, 64, 1, 1\), not \(64, 64, 3, 3\)"
-    with pytest.raises(WeightsError, match=rf"mine\.pth \(ResNet-50 of .*{difference}"):
+    difference = r"layer1\.0\.conv1\.weight .*\(64, 64, 1, 1\)"
+
+    with pytest.raises(WeightsError, match=rf"mine\.pth .*{difference}"):
         start("model.name=resnet18", f"start.weights={tmp_path / 'mine.pth'}")
 
 
-def test_tensors_that_do_not_fit_are_named_unless_they_belong_to_a_classifier() -> None:
+def test_tensors_that_do_not_fit_are_named_unless_of_a_classifier() -> None:
     model = create_model("resnet8", num_classes=2)
     tensors = {f"layer9.{letter}": torch.zeros(1) for letter in "hgfedcba"} | model.state_dict()
     weights = StartWeights(
         file="mine.pth", sha256="", network="ResNet-8", tensors=tensors, preprocess=Preprocess()
     )
+
     with pytest.raises(WeightsError, match=r"layer9\.a"):
         load_start_weights(weights, model, ("cat", "dog"))
+
     distilled = create_model("timm:deit_tiny_distilled_patch16_224", num_classes=2)
     of_others = replace(weights, tensors=distilled.state_dict(), labels=("cat", "dog"))
     assert load_start_weights(of_others, distilled, ("dog", "cat")).new == ("head", "head_dist")
-    container = torch.nn.ModuleDict(
-        {"net": model}
-    )  # which is not a classifier, though it contains `fc`
+
+    # Which is not a classifier, though it contains `fc`
+    container = torch.nn.ModuleDict({"net": model})
     container.training_only, container.num_classes = (), 2
     narrow = torch.nn.ModuleDict({"net": create_model("resnet8", num_classes=2, base_width=4)})
-    with pytest.raises(
-        WeightsError, match=r"net\.conv1\.weight is \(4, 3, 3, 3\), not \(16, 3, 3, 3\)"
-    ):
+
+    with pytest.raises(WeightsError, match=r"net\.conv1\.weight .*\(4, 3, 3, 3\)"):
         load_start_weights(
             replace(weights, tensors=narrow.state_dict()), container, ("cat", "dog")
         )
@@ -390,6 +410,7 @@ def test_weights_that_are_published_without_a_classifier_start_a_run(
         f"model.name={name}", "model.config={}", f"start.weights={tmp_path / 'vit.pth'}"
     )
     own = initial.model.state_dict()
+
     assert all(torch.equal(own[tensor], value) for tensor, value in given.items())
     assert initial.start is not None
     assert initial.start.new == (
@@ -407,6 +428,7 @@ def test_weights_of_a_network_that_classifies_by_a_convolution_start_a_run(tmp_p
     initial = start(
         f"model.name={name}", "model.config={}", f"start.weights={tmp_path / 'w.pth'}"
     )
+
     assert initial.start is not None
     assert initial.start.new == ("head.fc",)
 
@@ -417,6 +439,7 @@ def test_a_norm_behind_the_last_convolution_is_not_a_classifier(affine: bool) ->
         nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2, affine=affine)
     )
     network.training_only = ()
+
     assert classifier_name(network) == "1"
 
 
@@ -429,6 +452,7 @@ def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:
     other = create_initial_model(
         again, tuple(f"other {label}" for label in stored.labels), ONE_PROCESS
     )
+
     assert same.start is not None
     assert (same.start.new, same.start.network) == ((), "dsop-resnet8")
     assert torch.equal(same.model.state_dict()["fc.weight"], stored.weights["fc.weight"])
@@ -439,6 +463,7 @@ def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:
     }
     assert not torch.equal(other.model.state_dict()["fc.weight"], stored.weights["fc.weight"])
     assert torch.equal(other.model.state_dict()["conv1.weight"], stored.weights["conv1.weight"])
+
     plain = create_initial_model(
         short_recipe(
             "model.name=resnet8", "model.config={base_width=4}", f"start.weights={best}"
@@ -460,11 +485,14 @@ def test_a_run_records_its_start_and_resumes_without_the_file(tmp_path) -> None:
     del values["preprocess"]["mean"]
     recipe = Recipe.model_validate(values)
     result = train_recipe(recipe, tmp_path / "run")
+
     assert result.start is not None
     assert result.start.file == "start.pt"
+
     stored = read_checkpoint(result.best)
     assert stored.preprocess.mean == (0.1, 0.2, 0.3)
     assert stored.training["start"] == result.start.model_dump(mode="json")
+
     moved.unlink()
     assert train_recipe(recipe, tmp_path / "run", resume=True).start == result.start
 
@@ -511,6 +539,7 @@ def test_a_network_with_and_without_branches_starts_with_the_same_backbone() -> 
         create_initial_model(recipe, labels, ONE_PROCESS).model.state_dict()
         for recipe in (plain, branched)
     )
+
     assert all(torch.equal(with_branches[name], tensor) for name, tensor in without.items())
 
 

@@ -58,6 +58,7 @@ def test_a_run_writes_last_best_and_history(finished) -> None:
         "run.json",
         "recipe.toml",
     }
+
     files = (result.best, result.last, result.history)
     assert files == (out / "best.pt", out / "last.pt", out / "history.csv")
     assert (result.train_count, result.held_out_count, result.num_classes) == (205, 52, 10)
@@ -80,6 +81,7 @@ def test_checkpoints_record_how_they_were_trained_and_reproduce_their_metrics(fi
         assert checkpoint.training["versions"] == versions
         assert checkpoint.labels == tuple("0123456789")
         assert checkpoint.preprocess == short_recipe().preprocess
+
     held_out = PreprocessedDataset(open_data(short_recipe().data).held_out, best.preprocess)
     metrics = evaluate_network(build_classifier(best, out), held_out, best.preprocess)
     assert metrics.top1 == result.best_top1
@@ -89,10 +91,12 @@ def test_the_history_has_every_loss_and_the_callback_receives_every_event(finish
     out, result, _ = finished
     rows = list(csv.DictReader((out / "history.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+
     heads = ["train_main", "train_layer1_0", "train_layer2_0", "train_layer3_0"]
     assert list(rows[0])[:7] == ["epoch", "lr", "train_loss", *heads]
     assert max(float(row["top1"]) for row in rows) == result.best_top1
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+
     events = finished[2].events
     epoch = ["step"] * 6 + ["evaluation"] * 2 + ["epoch"]
     # After three epochs, a branch can be at chance, which is a warning.
@@ -101,10 +105,12 @@ def test_the_history_has_every_loss_and_the_callback_receives_every_event(finish
         *epoch * 3,
         *["evaluation"] * 2,
     ]
+
     network = events[0][1]["message"]
-    assert re.match(r"network: dsop-resnet8 \(.*\), [\d,]+ parameters, [\d,]+ of them", network)
-    start = "205 training images, 52 validation images; the network sees 8 x 8 pixels"
-    assert events[1][1] == {"message": start}
+    assert re.match(r"network: dsop-resnet8 \(.*\), [\d,]+ parameters, ", network)
+
+    start = events[1][1]["message"]
+    assert start.startswith("205 training images, 52 validation images;")
     assert [values["step"] for name, values in events if name == "step"] == [
         0,
         1,
@@ -136,13 +142,17 @@ def test_the_second_phase_trains_only_the_branches(plain, tmp_path) -> None:
     interrupt(recipe, tmp_path / "stopped", "step", 1, 2)
     train_recipe(recipe, tmp_path / "stopped", resume=True)
     result = train_recipe(recipe, tmp_path / "whole")
+
     assert same_run(tmp_path / "whole", tmp_path / "stopped")
+
     before, after = read_checkpoint(plain).weights, read_checkpoint(result.last).weights
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert any(name.startswith("branches.") for name in after)
+
     first, second = read_checkpoint(result.last).resume["position"]["history"]
     assert second["losses"]["layer1_0"] < first["losses"]["layer1_0"]
     assert first["metrics"] == second["metrics"]
+
     top1 = [
         sum(head["top1"] for head in row["diagnostics"]["heads"].values())
         for row in (first, second)
@@ -182,7 +192,9 @@ def test_a_run_of_two_phases_resumes_to_the_same_bits(plain, tmp_path, case) -> 
     recipe = phases(plain, *settings)
     train_recipe(recipe, tmp_path / "whole")
     interrupt(recipe, tmp_path / "stopped", *event)
+
     assert not same_run(tmp_path / "whole", tmp_path / "stopped")
+
     train_recipe(recipe, tmp_path / "stopped", resume=True)
     assert same_run(tmp_path / "whole", tmp_path / "stopped")
 
@@ -208,7 +220,7 @@ def test_the_classifier_learns_first_and_then_everything(plain, tmp_path) -> Non
     rates = [0.02, 0.02, *(recipe.optimizer.lr * factor for factor in schedule)]
     assert [row["lr"] for row in history] == pytest.approx(rates)
     lines = [values["message"] for name, values in callback.events if name == "message"]
-    assert lines[1] == "epochs 1 to 2 train the classifier alone"
+    assert lines[1].startswith("epochs 1 to 2 ")
 
 
 NO_TWO_PHASES = [
@@ -254,12 +266,15 @@ def test_epochs_are_evaluated_with_mirror_images_and_decisions_without(plain, tm
         alone, mirrored = network(normalize(pixels)), network(normalize(pixels.flip(2)))
     targets = torch.from_numpy(images.images.targets)
     right = ((alone + mirrored) / 2).argmax(dim=1) == targets
+
     assert result.best_top1 == pytest.approx(float(right.double().mean()))
     assert best.training["metrics"]["top1"] == result.best_top1
+
     row = read_checkpoint(result.last).resume["position"]["history"][result.best_epoch - 1]
     assert row["diagnostics"]["heads"]["main"]["top1"] == result.best_top1
     assert row["diagnostics"]["right"] == "".join("01"[value] for value in right.tolist())
-    assert "of 52 validation images with their mirror images" in result.procedure.describe()
+    assert "52 validation images" in result.procedure.describe()
+
     expected = fit_decision(
         alone.double().numpy(),
         targets.numpy(),
@@ -278,7 +293,9 @@ def test_a_fine_tuned_run_starts_better_and_its_classifier_learns_faster(
         short_recipe(*PLAIN, f"start.weights={plain}", "start.head_factor=5"), tmp_path / "run"
     )
     groups = read_checkpoint(run.last).resume["optimizer"]["param_groups"]
+
     assert groups[1]["lr"] == pytest.approx(5 * groups[0]["lr"])
+
     before, after = (
         read_checkpoint(last).resume["position"]["history"][0]["losses"]["main"]
         for last in (plain.parent / "last.pt", run.last)
@@ -286,9 +303,7 @@ def test_a_fine_tuned_run_starts_better_and_its_classifier_learns_faster(
     assert after < before
 
 
-def test_new_layers_learn_faster_if_the_recipe_says_so_also_in_a_resumed_run(
-    plain, tmp_path
-) -> None:
+def test_new_layers_learn_faster_on_demand_also_in_a_resumed_run(plain, tmp_path) -> None:
     recipe = short_recipe(
         "model={name='resnet8', config={base_width=4, pooling={kind='isqrt', width=8}}}",
         f"start.weights={plain}",
@@ -339,6 +354,7 @@ def test_the_divergence_from_the_teacher_is_part_of_the_loss(plain, tmp_path) ->
     first, second = (
         row["losses"] for row in read_checkpoint(result.last).resume["position"]["history"]
     )
+
     assert second["teacher"] < first["teacher"]
     assert first["loss"] == pytest.approx(0.5 * (first["main"] + first["teacher"]), rel=1e-5)
 
@@ -372,11 +388,13 @@ def test_every_head_is_evaluated_and_the_model_is_unchanged(branched) -> None:
         torch.equal(tensor, before[name]) for name, tensor in branched.state_dict().items()
     )
     assert set(found.heads) == {"main", "layer1_0", "layer2_0", "layer3_0"}
+
     labels = torch.arange(7) % 3
     logits = branched.eval()(inputs()).detach()
     assert found.heads["main"].top1 == pytest.approx(
         float((logits.argmax(1) == labels).float().mean())
     )
+
     loss = float(torch.nn.functional.cross_entropy(logits, labels))
     assert found.heads["main"].loss == pytest.approx(loss, rel=1e-5)
     assert found.num_images == 7
@@ -430,7 +448,7 @@ def test_frames_of_a_clip_count_once_in_the_decision_of_a_run(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("alike", [0.0, 0.6], ids=["independent epochs", "epochs that agree"])
-def test_the_estimate_of_the_best_of_40_epochs_is_unbiased_where_the_best_score_is_not(
+def test_the_estimate_of_the_best_of_40_epochs_is_unbiased(
     alike: float,
 ) -> None:
     """With *alike*, this share of the predictions is the same in all epochs."""
@@ -456,21 +474,20 @@ def test_an_epoch_that_is_better_on_all_images_has_its_own_score() -> None:
 
     assert found.top1 is not None
     assert (found.top1.right, found.count, found.selected_by) == (15, 20, "other images")
-    assert found.describe() == (
-        "top-1 75.0 % (95 % interval 53 to 89 %) of 20 validation images, corrected for their choice of the "
-        "epoch"
-    )
+    for value in ("75.0 %", "53 to 89 %", "20 validation images"):
+        assert value in found.describe()
 
 
 def test_frames_of_a_clip_are_not_independent_images() -> None:
     clips = np.repeat(["one", "two"], 20)
     right = np.ones((1, 40), np.bool_)
     found = estimate_best(history(right), clips).top1
+
     assert found is not None
     assert (found.right, found.count, round(found.low, 2), found.high) == (40, 40, 0.34, 1)
-    of_one_clip = np.stack(
-        [clips == "one", clips == "two"]
-    )  # each epoch is right on the other clip only
+
+    # Each epoch is right on the other clip only
+    of_one_clip = np.stack([clips == "one", clips == "two"])
     found = estimate_best(history(of_one_clip), clips)
     assert found.top1 == Rate.of(0, 40, 2)  # on the clip that did not select the epoch
     assert found.selected_by == "other images"
@@ -530,13 +547,14 @@ def test_measuring_on_training_images_is_a_warning(
     )
     stored = read_checkpoint(result.best)
     count = stored.training["procedure"].get("class_counts", {"all": result.train_count})
+
     assert len(stored.image_hashes) == sum(count.values())
+
     found = sopdeploy.evaluate(result.best, seen)
-    assert found.notes == (
-        f"{seen}: {len(stored.image_hashes)} of 60 images are training images of this network, so that these "
-        "figures are too high for new images",
-    )
+    [note] = found.notes
+    assert note.startswith(f"{seen}: {len(stored.image_hashes)} of 60 images ")
     assert sopdeploy.evaluate(result.best, paint(tmp_path / "new", 2, seed=1)).notes == ()
+
     fitted = sopdeploy.evaluate(result.best, seen, fit_decision=tmp_path / "fitted.pt")
     assert fitted.notes == found.notes
     assert read_checkpoint(tmp_path / "fitted.pt").image_hashes.equal(stored.image_hashes)

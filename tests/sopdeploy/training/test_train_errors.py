@@ -37,6 +37,7 @@ def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path) -> None:
     for out in (tmp_path, tmp_path / "notes.txt", tmp_path / "broken"):
         with pytest.raises(ConfigError, match="empty folder"):
             train_recipe(short_recipe(), out)
+
     with pytest.raises(StorageError, match=r"cannot be written"):
         train_recipe(short_recipe(), tmp_path / "notes.txt" / "run")
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "broken"}
@@ -44,6 +45,7 @@ def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path) -> None:
 
 def test_an_empty_folder_is_used_and_a_run_is_never_overwritten(tmp_path) -> None:
     assert train_recipe(short_recipe("epochs=1"), tmp_path).out == tmp_path
+
     before = (tmp_path / "last.pt").read_bytes()
     with pytest.raises(ConfigError, match=r"resume='always'"):
         train_recipe(short_recipe("epochs=1"), tmp_path)
@@ -71,9 +73,10 @@ def test_two_processes_never_train_in_the_same_folder(tmp_path) -> None:
         for resume in (False, "auto"):
             with pytest.raises(ConfigError, match=message):
                 train_recipe(recipe, out, resume=resume)
-    assert [path.name for path in out.iterdir()] == [
-        LOCK
-    ]  # of the killed process, which no longer locks it
+
+    # Of the killed process, which no longer locks it
+    assert [path.name for path in out.iterdir()] == [LOCK]
+
     interrupt(recipe, out, "step", 0, 0)
     with locked_by_another_process(out / LOCK), pytest.raises(ConfigError, match=message):
         train_recipe(recipe, out, resume=True)
@@ -142,7 +145,7 @@ def test_a_run_is_resumed_with_the_same_recipe_only(stopped) -> None:
             train_recipe(recipe, stopped / "run", resume=True)
 
 
-def test_a_run_goes_on_if_its_folder_is_read_by_an_option_now(stopped) -> None:
+def test_a_run_goes_on_if_an_option_reads_its_folder_now(stopped) -> None:
     make(stopped / "images", unsorted=5)  # since then, so the folder is asked about
     recipe = short_recipe(*ONE, f"data.path={stopped / 'images'}")
     with pytest.raises(DataError, match="the classes"):
@@ -160,13 +163,17 @@ def test_the_data_may_move_but_not_change(stopped) -> None:
     (stopped / "images").rename(moved)
     recipe = short_recipe(*ONE, f"data.path={moved}")
     (moved / "b").rename(moved / "c")
+
     with pytest.raises(DataError, match="classes a, b"):
         train_recipe(recipe, stopped / "run", resume=True)
+
     (moved / "c").rename(moved / "b")
     for number in range(3):
         shutil.copy(moved / "a" / "000.jpg", moved / "a" / f"more{number}.jpg")
+
     with pytest.raises(DataError, match=r"8 training images.*11"):
         train_recipe(recipe, stopped / "run", resume=True)
+
     for number in range(3):
         (moved / "a" / f"more{number}.jpg").unlink()
     path = stopped / "run" / "last.pt"
@@ -174,8 +181,10 @@ def test_the_data_may_move_but_not_change(stopped) -> None:
     replaced = training.path(0)
     content = replaced.read_bytes()
     replaced.write_bytes(content + b"another photograph")
+
     with pytest.raises(DataError, match="their order"):
         train_recipe(recipe, stopped / "run", resume=True)
+
     replaced.write_bytes(content)
     assert train_recipe(recipe, stopped / "run", resume=True).num_epochs == 1
 
@@ -190,7 +199,7 @@ train_recipe(short_recipe(*sys.argv[2:]), Path(sys.argv[1]), resume=True)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_resumed_on_another_processor_keeps_its_held_out_images(stopped) -> None:
+def test_a_run_resumed_on_another_processor_keeps_its_held_out_images(stopped) -> None:
     whole = train_recipe(
         short_recipe(*ONE, f"data.path={stopped / 'images'}"), stopped / "whole"
     )
@@ -206,6 +215,7 @@ def test_a_run_that_is_resumed_on_another_processor_keeps_its_held_out_images(st
         [sys.executable, "-c", RESUME, stopped / "run", *settings], env=elsewhere, check=True
     )
     runs = [read_checkpoint(stopped / name / "last.pt") for name in ("whole", "run")]
+
     assert whole.held_out_count == len(runs[0].resume["held_out"]) == 2
     assert runs[0].resume["held_out"].equal(runs[1].resume["held_out"])
     assert same_run(stopped / "run", stopped / "whole")

@@ -76,6 +76,7 @@ def test_running_statistics_of_batch_norms_are_averaged() -> None:
     processes.offset = 6.0
     run = start_run(recipe, dataset(), processes)
     run.synchronize_buffers()
+
     assert run.average is not None
     for model in (run.model, run.average.model):
         assert model.get_buffer("bn1.running_mean").unique().tolist() == [3.0]
@@ -88,6 +89,7 @@ def test_processes_that_resume_from_different_steps_are_refused(tmp_path) -> Non
     run = start_run(build_recipe("dsop", "sgd"), dataset(), processes)
     check_same_step(run.setup, folder)
     processes.offset = 1.0
+
     with pytest.raises(ConfigError, match="different checkpoints"):
         check_same_step(run.setup, folder)
 

@@ -60,15 +60,20 @@ def test_a_signal_to_one_process_stops_both_and_one_process_resumes(
 ) -> None:
     shards = run_in_processes(f"{__name__}:train_until_signal", tmp_path, world=2)
     assert [len(steps) for steps in shards] == [8, 8]
+
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"best.pt", "history.csv", "last.pt", "recipe.toml", "run.json"}
+
     resumed, single = RecordingLoader(), RecordingLoader()
     monkeypatch.setattr(loop, "load_batches", resumed)
     result = train_recipe(short_recipe("epochs=3"), tmp_path / "run", resume=True)
+
     assert result.num_epochs == 3
+
     monkeypatch.setattr(loop, "load_batches", single)
     train_recipe(short_recipe("epochs=3"), tmp_path / "single")
     before = [first + second for first, second in zip(*shards, strict=True)]
+
     assert before + resumed.steps == single.steps
 
 
@@ -92,16 +97,14 @@ def test_a_killed_process_ends_the_other_one_with_one_line(tmp_path) -> None:
         lines = [first.stderr.readline() for _ in range(3)]
         second.kill()
         (code, out, err), (killed, _, silent) = wait_for(processes)
+
     assert lines[0].startswith("network: dsop-resnet8 (")
-    assert (lines[1], lines[2][:12]) == (
-        "1438 training images, 359 validation images; the network sees 8 x 8 pixels\n",
-        "epoch   1/40",
-    )
+    assert lines[1].startswith("1438 training images, 359 validation images;")
+    assert lines[2].startswith("epoch   1/40")
     assert (code, killed, out, silent) == (2, -signal.SIGKILL, "", "")
+
     (error,) = [line for line in err.splitlines() if not line.startswith("epoch ")]
-    assert error.startswith(
-        "error: another process of the run ended, see its message and resume it"
-    )
+    assert error.startswith("error: another process ")
     assert read_checkpoint(tmp_path / "run" / "last.pt").resume is not None
 
 
@@ -113,14 +116,15 @@ def test_an_error_of_a_process_ends_both_with_one_line_each(tmp_path) -> None:
     command = train_command(tmp_path / "run", photos, "batch_size=4")
     with start_module("sopdeploy", *command, world=2) as processes:
         results = wait_for(processes)
+
     assert [code for code, _, _ in results] == [2, 2]
+
     errors = [
         line for _, _, err in results for line in err.splitlines() if line.startswith("error")
     ]
     assert len(errors) == 2
-    assert (
-        sum("photos/a/000.jpg" in line for line in errors) == 1
-    )  # the other one lost its connection
+    # The other one lost its connection
+    assert sum("photos/a/000.jpg" in line for line in errors) == 1
     assert "Traceback" not in "".join(err for _, _, err in results)
 
 
@@ -144,6 +148,7 @@ def test_torchrun_restarts_a_killed_process_and_one_process_prints(tmp_path) -> 
             )
             os.kill(second, signal.SIGKILL)
             ((code, out, error),) = wait_for(processes)
+
     assert code == 0, error
     assert out.count('"best_epoch"') == 1
     assert read_checkpoint(last).training["epoch"] == 12

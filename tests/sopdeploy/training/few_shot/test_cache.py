@@ -133,17 +133,19 @@ CHANGES: dict[str, tuple[Callable[[Folder], Any], int]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_only_what_changed_is_computed_and_the_result_is_that_without_a_cache(
-    change: str, folder: Folder
-):
+def test_only_what_changed_is_computed_with_the_same_result(change: str, folder: Folder):
     folder.compute()
     assert folder.computed == EACH * CLASSES
+
     apply, expected = CHANGES[change]
     apply(folder)
     cached, cached_hashes = folder.compute()
+
     assert folder.computed == expected
+
     folder.compute()
     assert folder.computed == 0
+
     folder.patch.setenv("XDG_CACHE_HOME", str(folder.cache / "empty"))
     vectors, hashes = folder.compute()
     assert folder.computed == len(hashes) == len(set(hashes))
@@ -151,19 +153,20 @@ def test_only_what_changed_is_computed_and_the_result_is_that_without_a_cache(
 
 
 @pytest.mark.parametrize("place", ["a-file", "relative"])
-def test_without_a_usable_folder_nothing_is_written_and_the_features_are_the_same(
+def test_without_a_usable_folder_the_features_are_the_same(
     place: str, folder: Folder, tmp_path: Path
 ):
     expected = folder.compute()[0]
     (tmp_path / "a-file").touch()
     folder.patch.chdir(tmp_path)
     folder.patch.setenv("XDG_CACHE_HOME", str(tmp_path / place) if place == "a-file" else place)
+
     assert np.array_equal(folder.compute()[0], expected)
     assert folder.computed == EACH * CLASSES
     assert not (tmp_path / "relative").exists()
 
 
-def test_the_limit_deletes_the_entries_that_were_not_used_for_the_longest_time(folder: Folder):
+def test_the_limit_deletes_the_entries_that_were_unused_longest(folder: Folder):
     folder.compute()
     recipe = read_recipe("photos", [*SMALL, f"data.path={folder.photos}"])
     network = features.full_head(
@@ -177,6 +180,7 @@ def test_the_limit_deletes_the_entries_that_were_not_used_for_the_longest_time(f
     cache = FeatureCache(network, recipe, limit=total)
     written = cache.mark_used(17)
     cache.write(written, array)
+
     assert written.exists()
     assert not oldest.exists()
     assert rest[-1].exists()
@@ -192,6 +196,7 @@ def test_entries_of_this_run_stay_when_the_folder_is_full(folder: Folder):
     paths = [cache.mark_used(number) for number in range(4)]
     for path in paths:
         cache.write(path, [np.zeros(1000, np.uint8)])
+
     assert [path.exists() for path in paths] == [True, True, False, False]
 
 
@@ -203,14 +208,17 @@ def test_features_of_a_network_whose_code_changed_are_computed_again(
         monkeypatch.setattr("sopdeploy.training.few_shot.cache._PACKAGES", ("torch",))
     folder.compute()
     original = features.SecondOrderHead.head_inputs
-    monkeypatch.setattr(  # no name of a class, weight or option tells the difference
+    # No name of a class, weight or option tells the difference
+    monkeypatch.setattr(
         features.SecondOrderHead,
         "head_inputs",
         lambda network, images: original(network, 0 * images),
     )
     vectors, _ = folder.compute()
+
     assert folder.computed == EACH * CLASSES
     assert folder.compute()[0].tobytes() == vectors.tobytes()
     assert folder.computed == (EACH * CLASSES if is_of_user else 0)
+
     folder.patch.setenv("XDG_CACHE_HOME", str(folder.cache / "empty"))
     assert folder.compute()[0].tobytes() == vectors.tobytes()

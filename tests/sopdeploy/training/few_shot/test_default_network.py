@@ -22,6 +22,7 @@ def test_photographs_become_vectors_of_length_one_and_other_files_are_left_out(
     paths = sorted(paint(tmp_path / "photos", 2).glob("*/*"))
     paths[1].write_bytes(b"no image")
     found = dict(default_network.embed_files(paths))
+
     assert list(found) == [paths[0], *paths[2:]]
     assert [float(np.linalg.norm(vector)) for vector in found.values()] == pytest.approx(
         [1.0] * len(found)

@@ -40,6 +40,7 @@ def test_changed_copies_are_grouped_with_their_image_and_different_ones_are_not(
     groups = group_by_features(
         open_default_network(), ArrayImages(("a", "b"), pixels, classes)
     ).groups
+
     assert groups.tolist() == [*range(40), *range(len(CHANGES))]
 
 
@@ -64,7 +65,7 @@ class PlannedOutputs(NamedTuple):
 
 
 @pytest.mark.parametrize("known", [None, [0, 1, 2, 0, *range(4, 24)]])
-def test_images_with_similar_feature_maps_and_those_of_a_known_group_are_one_group(
+def test_images_with_similar_maps_or_a_known_group_are_one_group(
     known: list[int] | None,
 ):
     random = torch.Generator().manual_seed(0)
@@ -86,4 +87,5 @@ def test_images_with_similar_feature_maps_and_those_of_a_known_group_are_one_gro
         for other in range(one)
         if groups[one] == groups[other]
     }
+
     assert same == ({(20, 3)} if known is None else {(20, 3), (3, 0), (20, 0)})

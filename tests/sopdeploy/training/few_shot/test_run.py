@@ -64,12 +64,8 @@ from tests.support.golden import check_golden
 
 pytestmark = pytest.mark.usefixtures("allow_random_features")
 FEW_SHOT = ["procedure.kind=few_shot"]
-PLAIN = [
-    "model.name=resnet8",
-    "model.config={}",
-    *SMALL[2:],
-    *FEW_SHOT,
-]  # without settings of branches
+# Without settings of branches
+PLAIN = ["model.name=resnet8", "model.config={}", *SMALL[2:], *FEW_SHOT]
 
 
 def blobs(count: int = 40, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +125,9 @@ def test_the_head_is_scikit_learns_discriminant_and_equals_its_linear_layer(coun
     inputs = scaled_inputs(parts) @ basis
     expected = equal.fit(inputs, classes).decision_function(inputs)
     found = features @ head.weight.T + head.bias
+
     assert found.argmax(axis=1).tolist() == expected.argmax(axis=1).tolist()
+
     centered = [logits - logits.mean(axis=1, keepdims=True) for logits in (found, expected)]
     assert np.corrcoef(centered[0].ravel(), centered[1].ravel())[0, 1] > 0.99
 
@@ -141,6 +139,7 @@ def test_several_classes_per_image_have_a_discriminant_each():
     head = problem_of([features], targets).fit_all(UNSCALED)
     inputs = scaled_inputs([features])
     ridge = SHRINKAGE * np.trace(inputs.T @ inputs) / inputs.shape[1] / (1 - SHRINKAGE)
+
     for row, column in zip(head.weight, shown.T, strict=True):
         # The discriminant of two classes has the direction of a ridge regression of their
         # indicator.
@@ -169,6 +168,7 @@ def test_labels_without_relation_to_the_images_are_estimated_at_chance():
     validation = problem.cross_validate(assigned)
     scaling = Scaling.fit([validation], targets)
     logits = problem.logits(validation, scaling)
+
     assert (logits.argmax(axis=1) == classes).mean() < 0.45
     assert targets.losses(logits).mean() < np.log(4) + 0.05
 
@@ -188,9 +188,12 @@ def test_the_temperature_is_finite_where_all_are_right_and_follows_the_errors():
     random, classes = np.random.default_rng(0), np.arange(80) % 4
     targets, right = softmax_targets(classes), 30 * np.eye(4)[classes]
     sure = Scaling.fit([validation_of(right)], targets)
+
     assert 1 < sure.temperature < 30
+
     probabilities = softmax(right / sure.temperature)[np.arange(80), classes]
     assert probabilities == pytest.approx(1 - 1 / 82, abs=1e-3)
+
     unsure = Scaling.fit([validation_of(right + 30 * random.normal(size=(80, 4)))], targets)
     assert unsure.temperature > 2 * sure.temperature
 
@@ -218,13 +221,14 @@ def test_a_class_of_few_images_is_recognized_as_well_as_the_others():
             ]
         )
         losses.append(softmax_targets(classes).losses(logits).mean())
+
     assert losses[0] < losses[1]
     assert np.mean(recalls[0]) > np.mean(recalls[1])
     assert recalls[0][0] > recalls[1][0] + 0.05
 
 
 @pytest.mark.parametrize("few", [1, 2, 5])
-def test_a_new_class_takes_few_photographs_of_the_known_ones_until_it_has_enough(few: int):
+def test_a_new_class_borrows_photographs_until_it_has_enough(few: int):
     features, classes = blobs(4000)
     found = []
     for first in (0, 400):
@@ -249,6 +253,7 @@ def test_a_new_class_takes_few_photographs_of_the_known_ones_until_it_has_enough
         found.append([(one == classes)[classes < 3].mean() for one in answers])
         found[-1].append((answers[1] == 3)[classes == 3].mean())
         assert (scaling.margins > 0).tolist() == [False] * 3 + [few < 5]
+
     of_known, with_margin, without, of_new = np.mean(found, axis=0)
     assert of_new > 0.15
     assert of_known - with_margin < 0.08
@@ -256,7 +261,7 @@ def test_a_new_class_takes_few_photographs_of_the_known_ones_until_it_has_enough
         assert of_known - with_margin < (of_known - without) / 4
 
 
-def test_scores_of_a_class_of_few_images_are_corrected_to_those_of_many(
+def test_scores_of_a_class_of_few_images_are_corrected(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr("sopdeploy.training.few_shot.discriminant.COMMON", 0.0)
@@ -316,11 +321,10 @@ def test_more_photographs_are_more_than_the_class_has(clip: int, singles: int):
         assert (gain.count, gain.photographs) == numbers.get(gain.label, (12, 12))
 
 
-def test_a_class_with_too_few_photographs_is_named_with_what_more_would_give():
+def test_a_class_with_too_few_photographs_is_named_with_advice():
     features, classes = blobs(400)
-    features += np.random.default_rng(1).normal(
-        size=features.shape
-    )  # so that more photographs help
+    # So that more photographs help
+    features += np.random.default_rng(1).normal(size=features.shape)
     kept = np.concatenate(
         [np.flatnonzero(classes == label)[: 2 if label == 3 else 12] for label in range(4)]
     )
@@ -331,21 +335,26 @@ def test_a_class_with_too_few_photographs_is_named_with_what_more_would_give():
     right = problem.logits(validation, scaling).argmax(axis=1) == classes[kept]
     labels = ("bar", "gym", "hall", "hotel")
     few, *others = estimate_gains(problem, scaling, np.arange(len(kept)), right, labels)
+
     assert (few.label, few.count, few.more) == ("hotel", 2, 5)
     assert few.describe().startswith("hotel: 2 photos, ")
-    with_five = np.concatenate([kept[:-2], np.flatnonzero(classes == 3)[:5]])
+
     of_class, found = classes == 3, []
+    five_of_class = np.flatnonzero(of_class)[:5]
+    with_five = np.concatenate([kept[classes[kept] != 3], five_of_class])
     for chosen, fitted in ((kept, scaling), (with_five, scaling._replace(margins=0.0))):
         head = problem_of([features[chosen]], softmax_targets(classes[chosen])).fit_all(fitted)
         found.append(float((head.logits(features)[of_class].argmax(axis=1) == 3).mean()))
+
     assert few.found < few.then
     assert [few.found, few.then] == pytest.approx(found, abs=0.15)
     assert all(gain.more == 2 * gain.count == 24 for gain in others)
+
     several = replace(problem, targets=replace(targets, activation="sigmoid"))
     assert estimate_gains(several, UNSCALED, np.arange(len(kept)), right, labels) == ()
 
 
-def test_logits_of_the_network_have_the_scale_to_which_the_temperature_was_fitted():
+def test_logits_of_the_network_have_the_scale_of_the_temperature():
     features, classes = blobs(4000)
     ratios = []
     for first in range(0, 320, 32):  # eight images of each class
@@ -356,6 +365,7 @@ def test_logits_of_the_network_have_the_scale_to_which_the_temperature_was_fitte
         scaling = Scaling.fit([validation], targets)
         logits = problem.fit_all(scaling).logits(features[320:])
         ratios.append(logits.std() / problem.logits(validation, scaling).std())
+
     assert np.mean(ratios) == pytest.approx(1.0, abs=0.08)
 
 
@@ -398,6 +408,7 @@ def test_folds_hold_equal_parts_of_every_class_and_keep_duplicates_together():
         [f"a{number}" for number in range(9)] + ["a8"] + [f"b{number}" for number in range(5)]
     )
     folds = softmax_targets(classes, 2).folds(keys, 5, seed=3)
+
     assert folds[8] == folds[9]
     assert sorted(np.bincount(folds[10:], minlength=5)) == [1] * 5
     assert max(np.bincount(folds[:10])) <= 3
@@ -452,7 +463,7 @@ def test_the_folds_of_a_run_do_not_change_with_versions(
     assert "".join(map(str, folds)) == expected
 
 
-def test_a_class_of_two_images_does_not_halve_the_images_of_all_heads():
+def test_a_class_of_two_images_does_not_halve_all_heads():
     classes = np.asarray([*np.repeat([0, 1, 2], 20), 3, 3])
     folds = softmax_targets(classes).folds(list(map(str, range(62))), 10, seed=3)
     assert len(set(folds)) == 10
@@ -492,12 +503,14 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
     before, after = (
         -log_softmax(logits, axis=1)[np.arange(80), labels] for logits in (first, second)
     )
+
     assert roc_auc_score(wrong, after) > roc_auc_score(wrong, before) + 0.02
+
     sure = 9.0 * np.eye(4)[labels]
     assert problem.logits_without_doubted(sure, folds, scaling) is sure
-    none_left = problem.logits_without_doubted(
-        -sure, folds, scaling
-    )  # all are doubted: no image is left to fit
+
+    # All are doubted: no image is left to fit
+    none_left = problem.logits_without_doubted(-sure, folds, scaling)
     assert np.ptp(none_left, axis=0) == pytest.approx(0)
 
 
@@ -513,6 +526,7 @@ def test_improbable_labels_are_listed_the_least_probable_first():
     probabilities, classes = np.asarray(wrong + right), np.asarray([0, 2, 1, 0, 1, 1, 2, 0])
     images = ArrayImages(("a", "b", "c"), np.zeros((8, 2, 2, 3), np.uint8), classes)
     listed = list_wrong_labels(np.log(probabilities), images)
+
     assert [(index, one.label, one.suggested) for index, one in listed] == [
         (0, "a", "b"),
         (2, "b", "c"),
@@ -547,21 +561,26 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
         "features of dsop-resnet8",
         "cross-validation",
     ]
+
     checkpoint = read_checkpoint(result.best)
     assert checkpoint.training["procedure"]["top1"]["count"] == 51
     assert checkpoint.model == result.model == "head:resnet8"
+
     before = found.model_dump(mode="json", exclude={"temperature"}) | {"strength": 30.0}
-    assert (
-        read_result({"procedure": before}).top1 == found.top1
-    )  # of a version with a logistic regression
+    # Of a version with a logistic regression
+    assert read_result({"procedure": before}).top1 == found.top1
+
     test = paint(tmp_path / "test", 5, seed=1)
     scores = score_checkpoint(result.best, test).predictions
     assert np.mean([score.correct for score in scores]) > 0.8
+
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "cross-validated" in page
+
     rows = dict(checkpoint.decision.rows())
     assert "(95 % interval " in rows["rejection"]
     assert rows["log loss"].endswith("images")
+
     command = [
         "train",
         "--data",
@@ -572,20 +591,23 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     ]
     shown = CliRunner().invoke(app, [*command, "--json"])
     listed = json.loads(shown.stdout)
+
     assert ("Probably wrong labels" in page) == bool(listed)
     assert all(one["probability_suggested"] > one["probability"] for one in listed)
     assert CliRunner().invoke(app, command).exit_code == 0
+
     callback = RecordingCallback()
     again = train_recipe(recipe, tmp_path / "run", resume=True, callback=callback)
     assert not any("resumed" in values.get("message", "") for _, values in callback.events)
     assert again.procedure == found
+
     after = read_checkpoint(result.best)
-    (tmp_path / "photos" / "red" / "0.png").rename(
-        tmp_path / "photos" / "red" / "z.png"
-    )  # another order
+    # Another order
+    (tmp_path / "photos" / "red" / "0.png").rename(tmp_path / "photos" / "red" / "z.png")
     changed = CliRunner().invoke(app, command)
+
     assert (changed.exit_code, changed.stdout) == (2, "")
-    assert "the images have changed since the run" in changed.stderr
+    assert "images have changed" in changed.stderr
     with pytest.raises(DataError, match="their order"):
         train_recipe(recipe, tmp_path / "run", resume=True)
     assert (after.training, after.decision) == (checkpoint.training, checkpoint.decision)
@@ -595,29 +617,40 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     )
 
 
-def test_copies_share_a_fold_and_count_as_one_image_in_intervals_and_thresholds():
+def test_copies_share_a_fold_and_count_as_one_image():
     random, classes = np.random.default_rng(0), np.arange(60) % 3
     logits = 2 * np.eye(3)[classes] + random.normal(size=(60, 3))
+    one_hot = np.eye(3)[classes]
+
+    # Each image three times, in one group
+    groups = np.tile(np.arange(60), 3)
+    copied_logits = np.tile(logits, (3, 1))
     copied = softmax_targets(np.tile(classes, 3), 3)
-    groups, one_hot = np.tile(np.arange(60), 3), np.eye(3)[classes]
-    single, several = (
-        estimate_score(one_hot, "softmax", logits, 0, np.arange(60)),
-        estimate_score(np.tile(one_hot, (3, 1)), "softmax", np.tile(logits, (3, 1)), 0, groups),
-    )
+
+    # The interval of the accuracy
+    single = estimate_score(one_hot, "softmax", logits, 0, np.arange(60))
+    several = estimate_score(copied.classes, "softmax", copied_logits, 0, groups)
+
     assert (several.low, several.high) == pytest.approx((single.low, single.high))
     assert several.count == 180
+
+    # The threshold
     expected = fit_decision(logits, classes, estimated_on="cross-validation")
-    assert expected.rejection is not None
     found = fit_decision(
-        np.tile(logits, (3, 1)),
+        copied_logits,
         np.tile(classes, 3),
         estimated_on="cross-validation",
         groups=groups,
     )
+
+    assert expected.rejection is not None
     assert found == expected
+
+    # The interval of the mean precision
     copies = np.tile(random.normal(size=60), 3)
     mean = MeanPrecision.of(copied.classes > 0, np.stack([copies] * 3, axis=1), 0, groups)
     narrower = MeanPrecision.of(copied.classes > 0, np.stack([copies] * 3, axis=1), 0)
+
     assert mean.high - mean.low > narrower.high - narrower.low
 
 
@@ -643,18 +676,21 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(
     recorded = read_checkpoint(result.last).resume["procedure"]
     judged = recorded["judged"].tolist()
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
     assert result.procedure.describe_score()[1:] in html.unescape(page)
     assert set(range(each * len(COLORS))) - set(judged) == set(first.tolist())
     assert result.procedure.top1.count == len(judged)
+
     num_wrong = result.procedure.top1.count - result.procedure.top1.right
     assert sum(count for _, _, count in result.mistakes) == num_wrong == 2
     assert result.procedure.alike == (sorted(COLORS)[0],)
+
     alike = f"the images of {sorted(COLORS)[0]} look too much alike to find copies"
     assert alike in "\n".join(result.procedure.lines())
 
 
 @pytest.mark.parametrize("pattern", ["", "^clip"])
-def test_frames_of_a_clip_share_a_fold_unless_the_user_groups_the_files(
+def test_frames_of_a_clip_share_a_fold_unless_files_are_grouped(
     tmp_path: Path, monkeypatch, pattern: str
 ):
     root, frames = paint(tmp_path / "photos", 12), 4
@@ -671,14 +707,13 @@ def test_frames_of_a_clip_share_a_fold_unless_the_user_groups_the_files(
             )
     settings = [*SMALL, *FEW_SHOT, f"data.path={root}", f"data.groups={pattern}"]
     result = train_recipe(read_recipe("photos", settings), tmp_path / "run").procedure
+
     if pattern:
-        assert (result.num_groups, result.clip) == (
-            len(COLORS),
-            (),
-        )  # all names of a class begin alike
+        # All names of a class begin alike
+        assert (result.num_groups, result.clip) == (len(COLORS), ())
     else:
         assert (result.num_groups, len(result.clip)) == (3 * len(COLORS), 2)
-        assert "are frames of one clip, or show one object" in "\n".join(result.lines())
+        assert "frames of one clip" in "\n".join(result.lines())
 
 
 def kept_names(
@@ -715,6 +750,7 @@ def test_photographs_that_a_server_selected_are_not_judged(
         ]
         targets += [target] * (num_own + num_kept)
     images = ImageFiles(Path(), ("a", "b", "c"), np.asarray(paths), np.asarray(targets))
+
     assert select_typical(images).sum() == judged
 
 
@@ -724,25 +760,27 @@ def test_photographs_of_the_sample_of_a_server_are_judged() -> None:
     unsure = [b"a/" + name for name in kept_names(4, 10)]
     paths = np.asarray([*own, *sample, *unsure])
     images = ImageFiles(Path(), ("a",), paths, np.zeros(len(paths), np.int64))
+
     assert select_typical(images).tolist() == [True] * 26 + [False] * 4
 
 
-def test_a_photograph_of_weight_one_counts_in_class_means_as_eight_of_an_eighth():
+def test_a_photograph_of_weight_one_counts_as_eight_of_an_eighth():
     features, classes = blobs()
     problem, folds = problem_of([features], softmax_targets(classes)), np.arange(40) // 4 % 5
-    often = np.repeat(
-        np.arange(40), np.where(np.arange(40) < 28, 8, 1)
-    )  # the others are selected
+    # The others are selected
+    often = np.repeat(np.arange(40), np.where(np.arange(40) < 28, 8, 1))
     repeated = problem_of([features[often]], softmax_targets(classes[often]))
     weighted = replace(problem, weights=np.where(np.arange(40) < 28, 1.0, 0.125))
+
     assert weighted.class_means() == pytest.approx(repeated.class_means(), abs=1e-6)
+
     first = np.unique(often, return_index=True)[1]
     assert weighted.cosines(folds) == pytest.approx(
         repeated.cosines(folds[often])[first], abs=1e-6
     )
 
 
-def test_the_threshold_and_the_accuracy_are_those_of_photographs_that_no_server_selected(
+def test_the_threshold_and_the_accuracy_are_of_unselected_photographs(
     tmp_path: Path,
 ):
     root = paint(tmp_path / "photos", 12)
@@ -758,9 +796,10 @@ def test_the_threshold_and_the_accuracy_are_those_of_photographs_that_no_server_
         read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run"
     )
     found = result.procedure
+
     assert (found.num_selected, found.top1.count) == (2 * len(COLORS), 12 * len(COLORS))
     assert result.decision.calibration.num_images == 12 * len(COLORS)
-    assert f"{2 * len(COLORS)} photos were kept because" in "\n".join(found.lines())
+    assert f"{2 * len(COLORS)} photos" in "\n".join(found.lines())
 
 
 def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_path: Path):
@@ -776,15 +815,15 @@ def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_pat
     ]
     result = train_recipe(read_recipe("photos", settings), tmp_path / "run")
     found = result.procedure
+
     assert (result.train_count, result.held_out_count) == (15, 6)
     assert found.estimated_on == "held-out"
     assert found.top1.count == 6
     assert found.is_uneven
     assert found.class_counts["red"] == 3
-    corrected = "the largest is 2.0 times the smallest, and the logits are corrected for it"
-    assert corrected in found.describe_images()
-    assert "needs 20 different images and there are 15; add 5" in found.unknown
-    assert any("unknown images: not recognized" in line for line in found.lines())
+    assert "2.0 times" in found.describe_images()
+    assert "add 5" in found.unknown
+    assert any("unknown images: " in line for line in found.lines())
 
 
 def paint_with_a_copy_in_val(photos: Path) -> Path:
@@ -801,11 +840,10 @@ def warnings_of(callback: RecordingCallback) -> list[str]:
 
 def assert_warns_of_the_copy(callback: RecordingCallback) -> None:
     (warning,) = warnings_of(callback)
-    assert warning.startswith("1 of 6 validation images are training images")
-    assert "so they are not judged" in warning
+    assert warning.startswith("1 of 6 validation images")
 
 
-def test_the_largest_class_is_that_of_the_judged_images_which_are_not_copies(tmp_path: Path):
+def test_the_largest_class_is_that_of_the_judged_images(tmp_path: Path):
     photos = paint_with_a_copy_in_val(tmp_path / "photos")
     blue = photos / "train" / "blue"
     for number in range(8):  # the largest class of the training images only
@@ -820,7 +858,7 @@ def test_the_largest_class_is_that_of_the_judged_images_which_are_not_copies(tmp
     assert result.class_counts["blue"] == 12
     assert result.judged_counts == {"blue": 2, "green": 2, "red": 1}
     unsure = result.model_copy(update={"top1": Rate.of(2, 5)})
-    assert 'always predicting "blue" gives 40 %' in unsure.describe_score()
+    assert '"blue" gives 40 %' in unsure.describe_score()
 
 
 def test_the_loop_warns_of_training_images_in_val_unless_there_are_many(
@@ -856,12 +894,11 @@ def test_training_warns_of_held_out_copies_of_training_images(tmp_path: Path):
         image = Image.open(photos / "train" / "red" / "0.png")
         image.save(photos / "val" / "red" / "copy.bmp")
     (warning,) = warnings
-    assert warning.startswith(
-        "1 of 7 validation images are training images or copies of them, so they are not judged"
-    )
+
+    assert warning.startswith("1 of 7 validation images ")
 
 
-def test_the_judged_copy_is_found_without_decoding_and_long_groups_name_an_image_per_class(
+def test_the_judged_copy_is_found_without_decoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     photos = paint(tmp_path / "photos", 4)
@@ -897,7 +934,7 @@ def test_a_run_records_how_its_folder_was_read(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_thousand(
+def test_every_image_trains_the_network_up_to_a_hundred_thousand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(Recipe, "starts_random", False)  # as with a file of weights
@@ -918,28 +955,30 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
         Callback(),
     )
     joined = setup.data
-    assert setup.reason.startswith(
-        "linear classifier on frozen features (few_shot), for up to 100,000 images"
-    )
+
+    assert "100,000 images" in setup.reason
     assert setup.recipe.procedure == FewShotConfig()
     assert isinstance(joined.train, ImageFiles)
     assert (len(joined.train), len(joined.held_out)) == (120, 0)
+
     expected = [f"{name}/{number}.png" for name in COLORS for number in range(40)]
     assert sorted(
         "/".join(joined.train.path(index).parts[-2:]) for index in range(120)
     ) == sorted(expected)
+
     loop = read_recipe("photos", [*settings, "procedure.kind=loop"])
     other = read_recipe("photos", [*settings, "model.name=gmsop-16-8-resnet18"])
     assert (
         select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).recipe.procedure
         == LoopConfig()
     )
+
     monkeypatch.setattr("sopdeploy.training.setup.FEW_IMAGES", 100)
     folder = RunFolder(tmp_path / "other", processes)
     reason = set_up_run(read_recipe("photos", settings), folder, None, Callback()).reason
-    assert reason.startswith(
-        "training loop, for more than 100 images; procedure.kind=few_shot fits a linear classifier"
-    )
+
+    assert "100 images" in reason
+    assert "procedure.kind=few_shot" in reason
     for recipe in (loop, other):
         selected = select_procedure(recipe, len(data.train)).recipe
         assert selected.procedure == LoopConfig()
@@ -963,8 +1002,8 @@ def test_a_head_that_reads_the_span_of_some_images_predicts_as_well():
     ("seconds", "expected"),
     [
         (0.5, []),  # the rest takes less than two minutes
-        (2.0, ["expected time: about 6 minutes; x"]),
-        (60.0, ["expected time: about 3.3 hours; x"]),
+        (2.0, ["about 6 minutes; x"]),
+        (60.0, ["about 3.3 hours; x"]),
     ],
 )
 def test_the_expected_time_of_a_long_run_is_told_once(seconds: float, expected: list[str]):
@@ -973,7 +1012,9 @@ def test_the_expected_time_of_a_long_run_is_told_once(seconds: float, expected: 
     for done in range(1, 201):
         now = done * seconds
         told.update(done, 200)
-    assert [values["message"] for _, values in callback.events] == expected
+    messages = [values["message"] for _, values in callback.events]
+
+    assert [message.partition(": ")[2] for message in messages] == expected
 
 
 def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeypatch):
@@ -1018,21 +1059,25 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={tmp_path / 'photos'}"])
     result = train_with_page(recipe, tmp_path / "run")
     found = result.procedure
+
     assert (result.train_count, result.held_out_count, found.top1) == (32, 0, None)
     assert found.map.value == result.best_map > 0.9
     assert found.map.low <= found.map.value <= found.map.high
     assert found.num_images == 32
     assert len(result.decision.thresholds) == 2
     assert read_checkpoint(result.best).decision == result.decision
+
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert f"<td><bdi>{result.decision.thresholds[0]:.3f}</bdi></td>" in page
     assert "counts as unknown" not in page  # this decision has no such rule
+
     last = read_checkpoint(result.last)
     state = last.resume["procedure"]
     lacking, resumed = (
         {"targets": None, "file_hashes": None},
         {"file_hashes": state["file_hashes"].unique()},
     )
+
     for older in ({}, lacking, resumed):  # the records of older versions
         arrays = {
             name: value for name, value in {**state, **older}.items() if value is not None
@@ -1041,10 +1086,12 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
             result.last, replace(last, resume={**last.resume, "procedure": arrays})
         )
         assert train_recipe(recipe, tmp_path / "run", resume=True).decision == result.decision
+
     write_checkpoint(result.last, last)
     (tmp_path / "photos" / "labels.csv").write_text(
         "\n".join([lines[0], *lines[:0:-1]]), encoding="utf-8"
     )
+
     with pytest.raises(DataError, match="their order"):
         train_recipe(recipe, tmp_path / "run", resume=True)
 
@@ -1053,6 +1100,7 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     data = paint(tmp_path / "photos", 2)
     for path in data.glob("*/*.png"):
         path.write_bytes((data / "red" / "0.png").read_bytes())
+
     with pytest.raises(DataError, match="one photo"):
         train_recipe(
             read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={data}"]), tmp_path / "run"
@@ -1088,6 +1136,7 @@ def test_too_few_different_photographs_are_named(case: str, tmp_path: Path):
     settings = [*PLAIN, "procedure.group_copies=false", "data.classes_from=folders"]
     result = train(photos, out=tmp_path / "run", set=settings)
     lines = "\n".join(result.procedure.lines())
+
     assert (result.procedure.score is None) == (NO_ESTIMATE in lines) == has_none
     assert [text for text in expected if text not in lines] == []
     assert expected or "two groups" not in lines
@@ -1127,10 +1176,10 @@ def test_a_group_of_several_classes_is_not_called_a_wrong_label(tmp_path: Path):
         f"{file.relative_to(photos)},{file.parent.name},{file.stem}"
         for file in photos.rglob("*.png")
     ]
-    (photos / "labels.csv").write_text(
-        "\n".join(["file,classes,group", *rows])
-    )  # a session of all classes
+    # A session of all classes
+    (photos / "labels.csv").write_text("\n".join(["file,classes,group", *rows]))
     result = train(photos, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
+
     assert result.procedure.contradictions == ()
     assert (result.procedure.num_groups, result.procedure.num_photographs) == (6, 18)
 
@@ -1154,21 +1203,21 @@ def test_only_a_run_that_starts_from_another_protects_its_classes(tmp_path: Path
     (without, bias), (margins, lower), (again, same) = zip(
         recipes[::2], recipes[1::2], strict=True
     )
+
     assert (without, margins, again) == (False, True, False)
     assert lower < bias == same
 
 
-def test_photographs_that_are_all_in_two_classes_are_right_in_at_most_one(tmp_path: Path):
+def test_photographs_that_are_all_in_two_classes_are_right_in_one(tmp_path: Path):
     photos = paint(tmp_path / "photos", 6)
     shutil.rmtree(photos / "red")
     shutil.rmtree(photos / "green")
     shutil.copytree(photos / "blue", photos / "navy")
-    settings = [
-        *PLAIN,
-        "data.classes_from=folders",
-    ]  # without it, train asks about equal file names
+    # Without it, train asks about equal file names
+    settings = [*PLAIN, "data.classes_from=folders"]
     result = train(photos, out=tmp_path / "run", set=settings)
     score = result.procedure.top1
+
     assert (score.count, len(result.procedure.contradictions)) == (12, 6)
     assert score.right <= 6
 
@@ -1185,12 +1234,9 @@ def test_the_suggested_command_can_be_pasted(tmp_path: Path):
 
 
 @pytest.mark.parametrize("wrong", [0, 2])
-def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(
-    tmp_path: Path, monkeypatch, wrong
-):
-    monkeypatch.setattr(
-        "sopdeploy.evaluation.label_doubts.LISTED_RATIO", 1.5
-    )  # of so few photographs
+def test_the_result_says_how_many_labels_it_doubts(tmp_path: Path, monkeypatch, wrong):
+    # Of so few photographs
+    monkeypatch.setattr("sopdeploy.evaluation.label_doubts.LISTED_RATIO", 1.5)
     root = paint(tmp_path / "photos", 12)
     first, second = sorted(COLORS)[:2]
     for number in range(wrong):
@@ -1199,11 +1245,10 @@ def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(
         read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run"
     )
     lines = "\n".join(result.procedure.lines())
+
     assert result.procedure.num_doubted == wrong
-    assert (
-        "2 labels of 36 probably wrong; list them: sopdeploy train --data DIR" in lines
-    ) == bool(wrong)
-    assert ("% if the 2 doubtful labels are wrong" in lines) == bool(wrong)
+    assert ("2 labels of 36" in lines) == bool(wrong)
+    assert ("the 2 doubtful labels" in lines) == bool(wrong)
 
 
 def test_large_classes_are_judged_by_heads_with_all_photographs_of_small_ones():
@@ -1265,33 +1310,32 @@ def test_a_class_of_anything_else_is_recognized_by_its_spread(spread: float, nam
     noise = random.normal(size=(50, 200)) * np.where(classes == 2, spread, 1.0)[:, None]
     own = unit_length(means[classes] + noise)
     problem = problem_of([own], softmax_targets(classes, 5))
+
     assert problem.diffuse_classes().tolist() == named
 
 
-def test_two_classes_and_classes_of_few_images_are_not_judged_by_their_spread():
+def test_classes_of_few_images_are_not_judged_by_their_spread():
     random, classes = np.random.default_rng(0), np.repeat(np.arange(3), (10, 10, 4))
     own = unit_length(
         np.where(classes[:, None] == 2, 0.0, 1.0) + 0.1 * random.normal(size=(24, 50))
     )
+
     assert not problem_of([own], softmax_targets(classes, 3)).diffuse_classes().size
 
 
 @pytest.mark.slow
 def test_two_folders_that_show_one_thing_are_named(tmp_path: Path):
-    root = paint(
-        tmp_path / "photos", 48
-    )  # of fewer, chance may take one for the other less often
+    # Of fewer, chance may take one for the other less often
+    root = paint(tmp_path / "photos", 48)
     one, other = sorted(COLORS)[0], root / "zebra"
     other.mkdir()
     for number in range(0, 48, 2):
         (root / one / f"{number}.png").rename(other / f"{number}.png")
     recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"])
     result = train_recipe(recipe, tmp_path / "run").procedure
+
     assert result.confused == ((one, "zebra"),)
-    assert (
-        f"{one} and zebra are taken for each other as by chance; if they show one thing"
-        in "\n".join(result.lines())
-    )
+    assert f"{one} and zebra" in "\n".join(result.lines())
 
 
 def test_a_damaged_photograph_is_left_out_of_the_head(tmp_path: Path) -> None:
@@ -1299,8 +1343,9 @@ def test_a_damaged_photograph_is_left_out_of_the_head(tmp_path: Path) -> None:
     (photos / "red" / "0.png").write_bytes((photos / "red" / "0.png").read_bytes()[:60])
     recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={photos}"])
     result = train_recipe(recipe, tmp_path / "run").procedure
+
     assert (result.class_counts["red"], result.left_out[0].split(": ")[0]) == (3, "red/0.png")
-    assert any("1 unusable image left out: red/0.png: " in line for line in result.lines())
+    assert any("red/0.png: " in line for line in result.lines())
     assert len(find_wrong_labels(tmp_path / "run")) == result.num_doubted
     assert train_recipe(recipe, tmp_path / "run", resume=True).procedure == result
 
@@ -1314,12 +1359,15 @@ def test_probabilities_of_several_classes_per_image_are_corrected_for_few_images
     scaling = Scaling.fit(
         [problem.cross_validate(targets.folds(list(map(str, kept)), 8, 0))], targets
     )
+
     assert scaling.excess > 0
+
     heads = [problem.fit_all(one) for one in (scaling, scaling._replace(excess=0.0))]
     losses = [
         Targets(shown, classes, "sigmoid").losses(head.logits(features)).mean()
         for head in heads
     ]
+
     assert losses[0] <= losses[1]
 
 

@@ -57,6 +57,7 @@ def test_the_loss_is_the_weighted_sum_of_all_heads_and_penalties(
         weight * float(cross_entropy(logits(seed), LABELS, label_smoothing=smoothing))
         for seed, weight in enumerate(weights)
     )
+
     assert float(loss.total) == pytest.approx(expected, rel=1e-5)
     assert list(loss.parts) == ["main", "low", "high", "balance"]
 
@@ -93,6 +94,7 @@ def test_a_checkpoint_has_plain_float32_weights(finished: Path, name: str) -> No
         "torch.float32",
         "torch.int64",
     }
+
     build_classifier(checkpoint, finished / name)
 
 
@@ -114,6 +116,7 @@ def test_held_out_images_are_padded_and_cropped_if_the_recipe_says_so(finished: 
             PreprocessedDataset(images, rules),
         )
     )
+
     assert checkpoint_history(finished)[-1]["metrics"]["loss"] == pytest.approx(cropped.loss)
     assert cropped.loss != pytest.approx(plain.loss)
 
@@ -123,7 +126,9 @@ def test_an_epoch_of_doubled_images_has_each_image_and_its_mirror_image() -> Non
     recipe = all_options("batch_size=2", "color={}")
     copies = recipe.part(Augmentations).num_copies
     batches = shuffled_batches(copies * len(images), recipe.batch_size, recipe.seed, 0)
+
     assert sorted(index for batch in batches for index in batch) == [0, 1, 2, 3]
+
     augment = PadCrop(kind="pad-crop", pad=4, doubled=True, flip=0.99)  # is ignored
     dataset = AugmentedDataset(images, augment, Preprocess(resize=8, crop=8), seed=0, epoch=0)
     for index, pixels in ((0, ARRAY), (2, ARRAY[:, ::-1])):
@@ -136,11 +141,14 @@ def test_an_epoch_of_doubled_images_has_each_image_and_its_mirror_image() -> Non
 
 def test_lighting_adds_multiples_of_the_principal_colors() -> None:
     assert ColorConfig()(ARRAY, 1) is ARRAY
+
     lighting = ColorConfig(lighting=0.1)
     assert np.array_equal(lighting(ARRAY, 1), lighting(ARRAY, 1))
+
     gray = np.full((4, 4, 3), 128, dtype=np.uint8)
     shifts = np.array([lighting(gray, seed)[0, 0] - 128.0 for seed in range(400)]) / 255
     expected = (
         COLOR_COMPONENTS @ np.diag(np.square(0.1 * COLOR_DEVIATIONS)) @ COLOR_COMPONENTS.T
     )
+
     assert np.cov(shifts.T) == pytest.approx(expected, abs=0.15 * expected.max())

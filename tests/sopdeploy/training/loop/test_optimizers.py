@@ -36,6 +36,7 @@ def test_rmsprop_adds_eps_after_the_root_and_as_tensorflow_inside_of_it(settings
     weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     weight.grad = torch.full_like(weight, 1e-3)
     create_optimizer(config, [weight]).step()
+
     assert -float(weight.detach()) == pytest.approx(step)
 
 
@@ -61,6 +62,7 @@ def test_floating_point_tensors_are_averaged_and_integers_copied(model) -> None:
     change(model)
     ema.update(model)
     after = model.state_dict()
+
     for name, mean in ema.model.state_dict().items():
         if name.endswith("num_batches_tracked"):
             assert int(mean) == int(after[name]) == 1
@@ -79,6 +81,7 @@ def test_the_decay_grows_with_the_number_of_updates(updates, decay) -> None:
         ema.model.weight.zero_()
         model.weight.fill_(1.0)
     ema.update(model)
+
     assert float(ema.model.weight) == pytest.approx(1 - decay)
 
 
@@ -87,6 +90,7 @@ def test_a_run_evaluates_and_exports_the_average(tmp_path) -> None:
     best, last = read_checkpoint(result.best), read_checkpoint(result.last)
     assert last.resume is not None
     assert best.training["weights"] == last.training["weights"] == "average"
+
     raw, average = last.resume["weights"], last.resume["average"]["weights"]
     assert not same_bits(raw, average)
     assert same_bits(last.weights, average)
@@ -98,6 +102,7 @@ def test_training_crops_can_have_another_size_than_evaluation() -> None:
     dataset = recipe.part(Augmentations).training_images(
         open_data(recipe.data).train, recipe.preprocess, recipe.seed, 0
     )
+
     assert dataset.pixels([0]).shape == (1, 12, 12, 3)
     assert Recipe.model_validate(recipe.model_dump()) == recipe
 
@@ -129,6 +134,7 @@ def test_schedules_equal_those_of_pytorch(schedule, reference) -> None:
         epochs, steps, tolerance = 5, 20, 0.4 * 0.06
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
     theirs = reference(optimizer)
+
     for step in range(epochs * steps):
         expected = optimizer.param_groups[0]["lr"]
         assert 0.4 * schedule.factor(step / steps, epochs) == pytest.approx(

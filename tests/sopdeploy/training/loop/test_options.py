@@ -68,6 +68,7 @@ def test_a_compiled_run_resumes_bit_by_bit(
     interrupt(recipe, tmp_path / "parts", "step", 0, 0)
     torch.compiler.reset()  # as in another process
     train_recipe(recipe, tmp_path / "parts", resume=True)
+
     assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -105,6 +106,7 @@ def test_second_order_layers_compute_in_float32_if_the_run_has_fp16(model: str) 
         if isinstance(module, ISqrtCov):
             module.register_forward_hook(lambda *call: types.add(call[2].dtype))
     step = train_step(run, batch, num_samples=len(batch[1]), steps=6)
+
     assert types == {torch.float32}
     assert step.loss.total.isfinite()
     assert float(step.norm) > 0
@@ -128,6 +130,7 @@ def test_a_gradient_that_is_never_finite_in_fp16_is_an_error() -> None:
     run.updates.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
     run.unread.append(train_step(run, batch, num_samples=len(batch[1]), steps=6))
     run.position.step += 1
+
     with pytest.raises(TrainingError, match=r"finite in fp16"):
         run.read_steps()
 
@@ -155,6 +158,7 @@ def test_losses_of_parts_add_up_also_if_some_have_other_penalties() -> None:
             Loss(one, {"main": one, "balance": one}, torch.tensor([3, 0])),
         ]
     )
+
     assert (float(total), {name: float(part) for name, part in parts.items()}) == (
         2.0,
         {"main": 2.0, "balance": 1.0},
@@ -177,7 +181,7 @@ def test_settings_that_do_not_fit_together_are_refused(case: str) -> None:
 
 def test_a_step_must_have_a_sample_for_each_part(tmp_path: Path) -> None:
     recipe = short_recipe(*PLAIN, "grad_accum_steps=40")
-    with pytest.raises(ConfigError, match=r"^grad_accum_steps: .* 34 samples.* 40"):
+    with pytest.raises(ConfigError, match=r"^grad_accum_steps: .* 34 .* 40"):
         train_recipe(recipe, tmp_path / "run")
 
 
@@ -194,6 +198,7 @@ def test_targets_of_mixed_images_are_their_shares(labels: str, kind: dict[str, f
     images = IMAGES.clone()
     with seeded(3):
         targets = Mixing(**kind).mix(images, given, 3, is_multi_label=is_multi_label)
+
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(5))
     assert targets[4].tolist() == [0, 1, 0]
     assert torch.equal(images[4], IMAGES[4])

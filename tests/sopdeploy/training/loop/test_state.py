@@ -63,14 +63,16 @@ def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(
     out, (before, after) = tmp_path / "run", workers
     interrupt(short_recipe(f"workers={before}"), out, *event)
     assert not same_run(out, uninterrupted)
+
     callback = RecordingCallback()
     resumed = train_recipe(
         short_recipe(f"workers={after}"), out, resume=True, callback=callback
     )
+
     assert resumed.num_epochs == 3
-    epoch = (
-        3 if event[0] == "epoch" else event[1] + 1
-    )  # a stop at the end of an epoch resumes at the next one
+
+    # A stop at the end of an epoch resumes at the next one
+    epoch = 3 if event[0] == "epoch" else event[1] + 1
     assert f", resumed at epoch {epoch};" in callback.events[1][1]["message"]
     assert same_run(out, uninterrupted)
     assert (out / "history.csv").read_text().count("\n") == 4
@@ -84,6 +86,7 @@ def test_a_network_that_draws_random_numbers_resumes_to_the_same_bits(tmp_path) 
     )
     whole = train_recipe(recipe, tmp_path / "whole").out
     interrupt(recipe, tmp_path / "run", "step", 0, 2)
+
     assert same_run(train_recipe(recipe, tmp_path / "run", resume=True).out, whole)
 
 
@@ -93,6 +96,7 @@ def test_auto_overwrites_partial_files_only(tmp_path) -> None:
     with pytest.raises(ConfigError, match="empty folder"):
         train_recipe(short_recipe(), tmp_path, resume="auto")
     assert (tmp_path / "best.pt").read_bytes() == b"mine"
+
     (tmp_path / "best.pt").unlink()
     assert train_recipe(short_recipe("epochs=1"), tmp_path, resume="auto").num_epochs == 1
     assert not list(tmp_path.glob("*.partial"))
@@ -103,8 +107,10 @@ def test_a_signal_saves_the_run_and_restores_the_handlers(tmp_path, number) -> N
     before, last = signal.getsignal(number), tmp_path / "run" / "last.pt"
     stopped = interrupt(short_recipe(), tmp_path / "run", "step", 1, 2, signal_number=number)
     message = f"stopped in epoch 2 of 3 after 3 steps of it; {last} is saved"
+
     assert (str(stopped), stopped.signal_number) == (message, number)
     assert signal.getsignal(number) == before
+
     checkpoint = read_checkpoint(last)
     assert (checkpoint.training["epoch"], checkpoint.training["step"]) == (1, 3)
     assert {path.name for path in last.parent.iterdir()} == FILES
@@ -116,9 +122,8 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path) -> None:
             deliver(signal.SIGINT)
             deliver(signal.SIGINT)
 
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # background processes ignore it
+    # Background processes ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             train_recipe(short_recipe(), tmp_path / "run", callback=Impatient())
@@ -153,6 +158,7 @@ def test_checkpoints_are_written_every_few_minutes(
     train_recipe(
         short_recipe("epochs=1", "save.every_minutes=3"), tmp_path / "run", callback=watcher
     )
+
     assert set(watcher.positions) == saved
 
 
@@ -210,7 +216,8 @@ CASES = {
     ),
 }
 
-RUNS = [  # case, number of kills, seed
+# Case, number of kills, seed
+RUNS = [
     (REMOVED_BRANCHES, 2, 0),
     *(
         pytest.param(case, 10, seed, marks=pytest.mark.nightly)
@@ -232,9 +239,8 @@ class StepPipe(Callback):
 
 def run_child(out: Path, overrides: tuple[str, ...], pipe: Connection) -> None:
     torch.set_num_threads(1)
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # loader processes then end with the killed run
+    # Loader processes then end with the killed run
+    multiprocessing.set_start_method("fork", force=True)
     with few_digits():
         train_recipe(short_recipe(*overrides), out, resume="auto", callback=StepPipe(pipe))
 
@@ -281,6 +287,7 @@ def test_sigkills_do_not_change_the_result(tmp_path, case, kills, seed) -> None:
     assert run(killed, overrides) == 0
     assert same_run(killed, whole)
     assert history_without_times(killed) == history_without_times(whole)
+
     names = {path.name for path in whole.iterdir()}
     assert {path.name for path in killed.iterdir()} == names
     for name in names:
@@ -288,6 +295,7 @@ def test_sigkills_do_not_change_the_result(tmp_path, case, kills, seed) -> None:
             found, expected = (read_checkpoint(out / name) for out in (killed, whole))
             assert same_bits(found.weights, expected.weights)
             assert found.config == expected.config
+
     if case == REMOVED_BRANCHES:
         check_removed_branches(whole)
 
@@ -306,6 +314,7 @@ def test_steps_with_different_penalties_are_read_together() -> None:
         unread=steps,
         updates=SimpleNamespace(scaler=torch.amp.GradScaler("cpu", enabled=False)),
     )
+
     assert run.read_steps() == [3, 3]
     assert run.position.sums == {"loss": 24, "main": 16, "late": 4}
     assert (run.position.seen, run.position.gradient, run.position.component_counts) == (
@@ -337,16 +346,20 @@ def test_steps_that_are_read_together_report_and_save_the_same(
     out, callback = tmp_path / "run", RecordingCallback()
     if event is not None:
         stopped = str(interrupt(short_recipe("save.every_minutes=1e-9"), out, *event))
-        assert ("after 4 steps of it" in stopped) == (event[0] == "step")
+        assert ("4 steps" in stopped) == (event[0] == "step")
+
     train_recipe(short_recipe(), out, resume="auto", callback=callback)
     assert same_run(out, uninterrupted)
+
     steps = [
         values for name, values in callback.events if name == "step" and values["epoch"] == 2
     ]
     assert [values["step"] for values in steps] == list(range(6))
+
     single = RecordingCallback()
     monkeypatch.setitem(state.STEPS_PER_READ, "cpu", 1)
     train_recipe(short_recipe(), tmp_path / "single", callback=single)
+
     assert steps == [
         values for name, values in single.events if name == "step" and values["epoch"] == 2
     ]
