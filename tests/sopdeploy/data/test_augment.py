@@ -92,6 +92,7 @@ def test_a_padded_crop_uses_every_shift_and_black_padding() -> None:
         white, PadCrop(kind="pad-crop", pad=1), Preprocess(resize=4, crop=4), 0, 0
     )
     seen = {array.tobytes() for array in view.pixels(range(300))}
+
     assert len(seen) == 9
     assert {value for array in seen for value in array} == {0, 255}
 
@@ -112,5 +113,6 @@ def test_a_random_side_box_is_square_and_inside_the_image(size, crop, seed) -> N
     left, top, right, bottom = RandomSide(kind="random-side").box(size, crop, Random(seed))
     assert 0 <= left < right <= size[0]
     assert 0 <= top < bottom <= size[1]
+
     share = (right - left) / min(size)
     assert min(1.0, crop / 512) - 1e-6 <= share <= min(1.0, crop / 256) + 1e-6

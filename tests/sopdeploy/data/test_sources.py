@@ -36,19 +36,21 @@ def open_at(kind, path, **settings):
     ("kind", "classes", "train", "test", "key"),
     [("cifar10", 10, 20, "test_batch", "labels"), ("cifar100", 100, 4, "test", "fine_labels")],
 )
-def test_the_official_cifar_layout_is_read_and_a_changed_file_is_not_unpickled(
+def test_the_official_cifar_layout_is_read_and_a_changed_file_refused(
     tmp_path, monkeypatch, kind, classes, train, test, key
 ) -> None:
     folder = write_cifar(tmp_path, kind, monkeypatch)
     split = open_at(kind, tmp_path)
     assert split.train.labels == tuple(f"class {number}" for number in range(classes))
     assert (len(split.train), len(split.held_out)) == (train, 4)
+
     stored = pickle.loads((folder / test).read_bytes())  # noqa: S301
     assert np.array_equal(
         np.asarray(split.held_out.photo(2).pixels).transpose(2, 0, 1).reshape(-1),
         stored["data"][2],
     )
     assert split.held_out.targets[2] == stored[key][2]
+
     (folder / ("data_batch_3" if kind == "cifar10" else "train")).write_bytes(
         b"cos\nsystem\n(S'false'\ntR."
     )
@@ -68,16 +70,20 @@ def test_an_official_layout_is_read_and_recognized(tmp_path, monkeypatch, kind) 
     write_places(tmp_path, monkeypatch) if kind == "places365" else write_aircraft(tmp_path)
     labels, each, size = OFFICIAL[kind]
     split = open_at(kind, tmp_path)
+
     assert split.train.labels == split.held_out.labels == labels
     assert split.train.class_counts().tolist() == [each] * 3
     assert split.held_out.targets.tolist() == [0, 1, 2]
+
     files = {
         part.path(index) for part in (split.train, split.held_out) for index in range(len(part))
     }
     assert len(files) == len(split.train) + len(split.held_out)
     assert all(split.train.photo(index).image.size == size for index in range(len(split.train)))
+
     held_out = open_evaluation_images(tmp_path, labels[::-1])
     assert (held_out.labels, held_out.targets.tolist()) == (labels[::-1], [2, 1, 0])
+
     checked = CliRunner().invoke(app, ["train", "--dry-run", "--data", str(tmp_path), "--json"])
     assert checked.exit_code == 0, checked.stderr
     assert [part["count"] for part in json.loads(checked.stdout)["parts"]] == [3 * each, 3]
@@ -88,6 +94,7 @@ def test_a_missing_or_damaged_official_file_is_one_line(tmp_path) -> None:
     write_aircraft(tmp_path / "aircraft")
     (tmp_path / "aircraft/fgvc-aircraft-2013b/data/variants.txt").write_text("Boeing\n")
     (tmp_path / "empty").mkdir()
+
     for kind, path, message in (
         (
             "aircraft",
@@ -108,14 +115,19 @@ def test_imagenet_names_of_torchvision_match_wordnet_ids_in_their_order(tmp_path
     names = tuple(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
     ids = sorted(name for name, other in class_aliases().items() if other in names)
     assert [class_aliases()[wordnet_id] for wordnet_id in ids] == list(names)
+
     for wordnet_id in ids:
         (tmp_path / wordnet_id).mkdir()
         (tmp_path / wordnet_id / "1.JPEG").touch()
     (tmp_path / ids[0]).rename(tmp_path / names[0])  # names and IDs may be mixed
     lines: list[str] = []
     in_folders = open_evaluation_images(tmp_path, (*names, "unicorn"), log=lines.append)
+
     assert sorted(in_folders.labels[target] for target in in_folders.targets) == sorted(names)
-    assert lines == [f"{tmp_path}: no images of 1 of 1001 classes: unicorn"]
+    [line] = lines
+    assert line.startswith(f"{tmp_path}: ")
+    assert line.endswith(": unicorn")
+
     (tmp_path / names[0]).rename(tmp_path / ids[0])
     assert open_evaluation_images(tmp_path, tuple(ids)).labels == tuple(ids)
 
@@ -128,9 +140,7 @@ def classes_of(split: Split) -> list[str]:
     return [split.train.labels[target] for target in split.train.targets]
 
 
-def test_a_subset_of_classes_keeps_images_and_order_of_every_kind_of_data(
-    tmp_path, monkeypatch
-) -> None:
+def test_a_subset_of_classes_keeps_images_and_order(tmp_path, monkeypatch) -> None:
     write_cifar(tmp_path, "cifar10", monkeypatch)
     for whole, some in (
         (open_at("cifar10", tmp_path), open_at("cifar10", tmp_path, classes=4)),

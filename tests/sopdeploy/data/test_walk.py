@@ -128,6 +128,7 @@ def test_a_check_takes_linear_time(tmp_path: Path, monkeypatch, build) -> None:
         calls[size] = count_calls(
             monkeypatch, lambda root=root: check_data(root, classes_from="folders")
         )
+
     assert calls[30] <= 2 * calls[15]
 
 
@@ -144,6 +145,7 @@ def test_folders_deeper_than_the_stack_are_listed(
     for _ in range(1500):  # neither does `rmtree`
         os.chdir("..")
         Path("d").rmdir()
+
     assert found == ["1.jpg"]
 
 
@@ -152,7 +154,8 @@ def test_a_path_that_is_too_long_is_named_in_one_line(tmp_path: Path, monkeypatc
     for _ in range(25):
         Path("d" * 200).mkdir()
         os.chdir("d" * 200)
-    with pytest.raises(DataError, match=r"^[^\n]*: .*File name too long[^\n]*$"):
+
+    with pytest.raises(DataError, match=r"^[^\n]*: .*too long[^\n]*$"):
         list(walk(tmp_path))
 
 
@@ -162,7 +165,7 @@ def test_the_path_of_an_image_is_that_without_links(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in walk(tmp_path)] == ["b/photos/000.jpg"]
 
 
-def test_a_folder_of_two_classes_counts_for_the_first_and_a_class_for_itself(
+def test_a_folder_of_two_classes_counts_for_the_first(
     tmp_path: Path,
 ) -> None:
     root = make(tmp_path / "photos", a=2, b=2)
@@ -172,6 +175,7 @@ def test_a_folder_of_two_classes_counts_for_the_first_and_a_class_for_itself(
     (root / "a" / "other").symlink_to("../b")
     (root / "c").symlink_to(make(tmp_path / "elsewhere", c=2) / "c")
     images = list_classes(list_contents(root)).images
+
     assert dict(zip(images.labels, images.class_counts().tolist(), strict=True)) == {
         "a": 5,
         "b": 2,
@@ -184,5 +188,6 @@ def test_hidden_files_are_listed_on_request(tmp_path: Path) -> None:
     make(tmp_path, **{".trash": 1, "a": 1})
     paint(tmp_path / "a" / ".hidden.jpg")
     assert [path.name for path in walk(tmp_path)] == ["000.jpg"]
+
     found = [str(path.relative_to(tmp_path)) for path in walk(tmp_path, hidden=True)]
     assert found == [".trash/000.jpg", "a/.hidden.jpg", "a/000.jpg"]

@@ -115,7 +115,8 @@ def test_a_check_changes_nothing_that_others_read() -> None:
     assert np.array_equal(photo.preprocess(FULL), expected.preprocess(FULL))
 
 
-SCALES = {  # size, rules, scale
+# Size, rules, scale
+SCALES = {
     "a phone": ((4032, 3024), SCALED, 4),
     "48 megapixels": ((8064, 6048), SCALED, 8),
     "both sides have exactly twice the pixels": ((1024, 1024), SCALED, 2),
@@ -146,14 +147,16 @@ def test_a_scaled_photograph_of_any_orientation_shows_what_the_full_one_does(
     rules = Preprocess(resize=50, crop=40, fit=fit)
     scaled = decode(body, rules.model_copy(update={"decoding": decoding}))
     full = decode(body, rules)
+
     assert scaled.warnings == full.warnings
+
     difference = np.abs(scaled.pixels.astype(int) - full.pixels)
     assert difference.mean() < 2  # a box that is off by a pixel differs by more than 4
     assert difference.max() < 12
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_without_a_smaller_scale_the_box_has_the_pixels_of_the_whole_image(kind: str) -> None:
+def test_without_a_smaller_scale_the_box_has_all_pixels(kind: str) -> None:
     body = photograph(90, 70, kind=kind)
     rules = Preprocess(resize=60, crop=40)
     scaled = decode(body, rules.model_copy(update={"decoding": "scaled"})).pixels
@@ -227,6 +230,7 @@ def test_old_rules_keep_every_pixel(decoding: str, fit: str) -> None:
     digest = hashlib.sha256(
         b"".join(decode(body, rules).pixels.tobytes() for body in bodies)
     ).hexdigest()
+
     assert digest[:16] == OLD_PIXELS[decoding, fit]
 
 
@@ -234,6 +238,7 @@ def test_a_golden_example_notices_a_wrong_scale() -> None:
     rules = Preprocess(resize=36, crop=32, decoding="scaled")
     *_, large = draw_jpegs(rules)
     full = decode(large, rules.model_copy(update={"decoding": "full"})).pixels
+
     assert np.abs(decode(large, rules).pixels.astype(int) - full).max() > 1
     assert "exif_rotated" in decode(large, rules).warnings
 
@@ -308,5 +313,6 @@ def test_an_image_is_turned_only_if_the_rules_say_so(decoding: str) -> None:
     turned = Preprocess(decoding=decoding)
     as_stored = turned.model_copy(update={"exif_orientation": False})
     plain = decode(photograph(), turned).pixels
+
     assert np.array_equal(decode(photograph(exif=exif), as_stored).pixels, plain)
     assert not np.array_equal(decode(photograph(exif=exif), turned).pixels, plain)

@@ -22,7 +22,8 @@ def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-CASES = {  # size, new size, box
+# Size, new size, box
+CASES = {
     "a usual photo": ((500, 375), (299, 224), (0, 0, 500, 375)),
     "a part": ((500, 375), (224, 224), (62.5, 0, 437.5, 375)),
     "a part between pixels": ((333, 251), (64, 48), (10.3, 7.25, 301.7, 249.9)),

@@ -89,8 +89,10 @@ JPEGS: dict[str, Callable[[], bytes]] = {
 def test_a_jpeg_keeps_its_pixels_and_loses_every_secret(make) -> None:
     body = make()
     assert SECRET in body
+
     copy, suffix = copy_without_metadata(body)
     assert (suffix, SECRET in copy, copy.count(b"\xff\xd8\xff")) == (".jpg", False, 1)
+
     before, after = opened(body), opened(copy)
     assert np.array_equal(np.asarray(before), np.asarray(after))
     assert before.mode == after.mode
@@ -104,6 +106,7 @@ def test_a_valid_orientation_stays_as_the_only_tag(orientation: int) -> None:
     copy, _ = copy_without_metadata(secret_jpeg(orientation=orientation))
     image = opened(copy)
     rotated = 2 <= orientation <= 8
+
     assert exif_orientation(image) == (orientation if rotated else 1)
     assert dict(image.getexif()) == (
         {ExifTags.Base.Orientation: orientation} if rotated else {}
@@ -140,6 +143,7 @@ OTHERS: dict[str, Callable[[], bytes]] = {
 def test_another_format_becomes_an_upright_png_without_secrets(make) -> None:
     body = make()
     assert SECRET in body
+
     copy, suffix = copy_without_metadata(body)
     assert (suffix, SECRET in copy, set(opened(copy).info)) == (".png", False, set())
     assert np.array_equal(
@@ -211,6 +215,7 @@ def test_whatever_a_decoder_reads_its_copy_has_the_same_pixels(kind: str) -> Non
             copy_without_metadata(body)
         return
     copy, suffix = copy_without_metadata(body)
+
     assert np.array_equal(np.asarray(to_rgb(opened(copy), Preprocess())), expected)
     assert opened(copy).format == {".jpg": "JPEG", ".png": "PNG"}[suffix]
     assert SECRET not in copy

@@ -13,9 +13,11 @@ def test_every_pixel_has_the_mean_color_in_exactly_one_copy(side: int) -> None:
     pixels = np.full((side, side, 3), 255, np.uint8)
     copies = occlude(pixels, Preprocess(crop=side, mean=(0.2, 0.4, 0.6)))
     assert copies.shape == (IMAGES_PER_MAP - 1, side, side, 3)
+
     changed = (copies != pixels).all(axis=3)
     assert (changed.sum(axis=0) == 1).all()
     assert (copies[changed] == (51, 102, 153)).all()
+
     sizes = changed.reshape(GRID, GRID, -1).sum(axis=2)
     assert sizes.max() <= (side // GRID + 1) ** 2
     assert (pixels == 255).all()
@@ -49,6 +51,7 @@ def test_the_explanation_is_the_loss_of_the_first_listed_class(
 def test_there_is_no_explanation_without_a_request_or_a_class() -> None:
     logits = np.zeros(2, np.float32)
     assert Decision().answer(logits).explanation is None
+
     none_listed = Decision(activation="sigmoid", thresholds=(0.9, 0.9))
     assert (
         none_listed.answer(logits, occluded=np.zeros((49, 2), np.float32)).explanation is None

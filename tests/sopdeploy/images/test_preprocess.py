@@ -32,9 +32,8 @@ FUZZ = settings(max_examples=25)
 PILLOW_MAY_WARN = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 GREEN = (0, 200, 0)
-WHOLE = Preprocess(
-    resize=8, crop=8, background=GREEN
-)  # of an 8 x 8 image nothing is resized or cropped
+# Of an 8 x 8 image nothing is resized or cropped
+WHOLE = Preprocess(resize=8, crop=8, background=GREEN)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -101,9 +100,8 @@ def test_every_sixteen_bit_value_is_rounded_to_eight_bits() -> None:
         assert list_changes(image, WHOLE) == ("sixteen_bit_scaled",)
 
 
-CORNERS = Image.new(
-    "RGB", (8, 8)
-)  # black, with a red block at the top left, a green one at the top right
+# Black, with a red block at the top left, a green one at the top right
+CORNERS = Image.new("RGB", (8, 8))
 CORNERS.paste((255, 0, 0), (0, 0, 3, 3))
 CORNERS.paste((0, 255, 0), (5, 0, 8, 3))
 # A viewer turns orientation 6 clockwise, so it was turned counter-clockwise.
@@ -126,9 +124,11 @@ def test_every_exif_orientation_is_made_upright(orientation: int) -> None:
     image = stored(orientation, CORNERS)
     assert np.array_equal(preprocess_image(image, WHOLE), np.asarray(CORNERS))
     assert list_changes(image, WHOLE) == (("exif_rotated",) if orientation > 1 else ())
+
     ignoring = WHOLE.model_copy(update={"exif_orientation": False})
     assert np.array_equal(preprocess_image(image, ignoring), np.asarray(image.convert("RGB")))
     assert list_changes(image, ignoring) == ()
+
     tall, rules = noise(40, 60), Preprocess(resize=20, crop=16)  # resized by its upright sides
     assert np.array_equal(
         preprocess_image(stored(orientation, tall), rules), preprocess_image(tall, rules)
@@ -164,6 +164,7 @@ def test_no_warning_of_pillow_reaches_a_user() -> None:
     code = "import sys; from sopdeploy.images.formats import *; open_image(sys.stdin.buffer.read())"
     command = [sys.executable, "-W", "always::UserWarning", "-c", code]
     done = subprocess.run(command, input=file.getvalue(), capture_output=True, check=True)
+
     assert done.stderr == b""
 
 
@@ -311,15 +312,15 @@ def gif_with_frame(left: int, top: int, **options: Any) -> bytes:
     frame.putpalette([0, 255, 0, 255, 0, 0, 0, 0, 255])
     frame.putpixel((0, 0), 2)
     body = bytearray(encoded(frame, "GIF", optimize=False, **options))
-    body[6:10] = struct.pack(
-        "<2H", 9, 8
-    )  # the size of the canvas, then the position of the frame
+    # The size of the canvas, then the position of the frame
+    body[6:10] = struct.pack("<2H", 9, 8)
     separator = body.index(b",")
     body[separator + 1 : separator + 5] = struct.pack("<2H", left, top)
     return bytes(body)
 
 
-FRAMES = {  # of a GIF, and how its canvas is turned
+# Of a GIF, and how its canvas is turned
+FRAMES = {
     "in a corner": (gif_with_frame(0, 0), 1),
     "inside": (gif_with_frame(3, 4), 1),
     "turned": (gif_with_frame(2, 5), 6),
@@ -338,6 +339,7 @@ def test_around_a_first_frame_smaller_than_its_canvas_is_the_background(case):
     expected.putpixel((left, top), GREEN if "transparent" in case else (0, 0, 255))
     if orientation != 1:
         expected = expected.transpose(TURNS[orientation])
+
     assert to_rgb(image, rules).tobytes() == expected.tobytes()
     assert "alpha_flattened" in list_changes(image, rules)
 
@@ -359,6 +361,7 @@ def test_a_turned_photograph_of_any_format_is_upright(kind: str) -> None:
     exif[ExifTags.Base.Orientation] = 6
     body = encoded(upright.transpose(UNDO[6]), kind, exif=exif.tobytes())
     found = decode(body, RULES, max_bytes=10**6, max_pixels=10**6)
+
     assert found.pixels[:12].mean() > 240
     assert found.pixels[-12:].mean() < 15
 
@@ -376,6 +379,7 @@ def test_the_error_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -
     body = encoded(gradient(), "HEIF")
     monkeypatch.delitem(Image.OPEN, "HEIF")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
+
     with pytest.raises(DataError, match=r"sopdeploy\[heif\]"):
         Photo("photo", body).preprocess(RULES)
     with pytest.raises(ImageError, match="needs pillow-heif") as caught:
@@ -474,7 +478,7 @@ def test_published_preprocessing_is_converted(case: str) -> None:
 
 @pytest.mark.parametrize("mode", ["squash", "border"])
 def test_a_crop_after_squashing_or_padding_is_refused(mode: str) -> None:
-    with pytest.raises(ConfigError, match=rf"crop_mode '{mode}' with crop_pct 0\.9"):
+    with pytest.raises(ConfigError, match=f"crop_mode '{mode}'"):
         Preprocess.from_timm({"crop_mode": mode, "crop_pct": 0.9})
 
 

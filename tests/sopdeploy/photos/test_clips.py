@@ -68,6 +68,7 @@ def test_frames_of_a_clip_whose_names_tell_it_are_a_group(name: Callable[[int, i
         for label, clip, number in zip(classes, objects, in_class, strict=True)
     ]
     found = find(names, vectors, classes)
+
     assert found.groups.tolist() == objects.tolist()
     assert found.certain is not None
     assert objects[found.certain[0]] == objects[found.certain[1]]
@@ -80,6 +81,7 @@ def test_photographs_taken_within_seconds_that_are_alike_are_a_group():
         f"{label}/{chr(97 + number % 26) * (1 + number // 26)}.jpg"
         for number, label in enumerate(classes)
     ]
+
     assert find(names, vectors, classes).groups.tolist() == list(range(len(objects)))
     assert find(names, vectors, classes, times).groups.tolist() == objects.tolist()
 
@@ -96,6 +98,7 @@ def test_names_in_sequence_do_not_group_photographs_of_different_objects(
         for n, (label, clip) in enumerate(zip(classes, objects, strict=True))
     ]
     found = find(names, vectors, classes)
+
     assert found == Clips(found.groups)
     assert len(set(found.groups.tolist())) == len(names)
 
@@ -109,10 +112,11 @@ def test_sequences_of_a_few_photographs_are_not_divided_into_clips():
         f"{label}/IMG_{2031 + number}.JPG"
         for label, number in zip(classes, numbers, strict=True)
     ]
+
     assert len({*find(names, vectors, classes).groups.tolist()}) == len(names)
 
 
-def test_frames_of_equal_numbers_that_are_alike_do_not_join_the_clips_that_names_tell():
+def test_alike_frames_of_equal_numbers_do_not_join_clips():
     objects, frames = np.divmod(np.arange(36 * 4), 4)
     classes = objects // 12
     vectors = np.concatenate([1.1 * np.eye(36)[objects], np.eye(4)[frames]], axis=1)
@@ -121,10 +125,11 @@ def test_frames_of_equal_numbers_that_are_alike_do_not_join_the_clips_that_names
         f"{label}/clip{clip}_f{frame}.jpg"
         for label, clip, frame in zip(classes, objects, frames, strict=True)
     ]
+
     assert find(names, vectors, classes).groups.tolist() == objects.tolist()
 
 
-def test_photographs_of_two_sources_are_not_two_clips_but_the_result_names_them():
+def test_photographs_of_two_sources_are_named_and_not_two_clips():
     random, count = np.random.default_rng(0), 120
     classes, sources = np.arange(count) % 3, np.arange(count) // 3 % 2
     vectors = random.normal(size=(count, 400)) + 8 * np.eye(2, 400)[sources]
@@ -134,6 +139,7 @@ def test_photographs_of_two_sources_are_not_two_clips_but_the_result_names_them(
         for n, (label, source) in enumerate(zip(classes, sources, strict=True))
     ]
     found = find(names, vectors, classes)
+
     assert len(set(found.groups.tolist())) == count
     assert found.doubtful is not None
     assert found.pattern == r"^\D*"
@@ -168,11 +174,13 @@ def test_a_single_clip_among_photographs_of_many_objects_is_found():
         np.concatenate([vectors, others.astype(np.float32)]),
         np.append(classes, np.arange(40) % 3),
     )
+
     assert found.groups.tolist() == [*objects.tolist(), *range(12, 52)]
 
 
 FOUR = [f"y/{kind}{number}.jpg" for kind in "abcd" for number in range(2)]
-PATTERNS = {  # names of two classes, and whether `^\D*` divides both
+# Names of two classes, and whether `^\D*` divides both
+PATTERNS = {
     "four objects": ([*FOUR, *(name.replace("y", "x") for name in FOUR)], True),
     "most of a class is one": ([*FOUR, "x/a1.jpg", "x/b1.jpg", "x/b2.jpg", "x/b3.jpg"], False),
     "all single": (FOUR[::2], False),
@@ -185,7 +193,7 @@ def test_a_pattern_is_advised_only_if_it_divides_each_class(names, divides):
     assert divides_classes(r"^\D*", names, classes) == divides
 
 
-def test_images_are_grouped_by_the_part_of_the_name_that_a_pattern_finds(tmp_path: Path):
+def test_images_are_grouped_by_the_match_of_a_pattern(tmp_path: Path):
     for label in ("cat", "dog"):
         (tmp_path / label).mkdir()
         for name in ("clip1_01", "clip1_02", "clip2_01", "other", "else"):
@@ -197,6 +205,7 @@ def test_images_are_grouped_by_the_part_of_the_name_that_a_pattern_finds(tmp_pat
         [paths[index] for index in np.flatnonzero(groups == group)]
         for group in range(groups.max() + 1)
     ]
+
     assert sorted(sorted(one) for one in together if len(one) > 1) == [
         ["cat/clip1_01.jpg", "cat/clip1_02.jpg"],
         ["dog/clip1_01.jpg", "dog/clip1_02.jpg"],
@@ -210,7 +219,7 @@ def test_images_are_grouped_by_the_part_of_the_name_that_a_pattern_finds(tmp_pat
         ("(", ConfigError, "no regular expression"),
     ],
 )
-def test_a_pattern_that_finds_nothing_or_is_not_a_pattern_is_an_error(
+def test_a_pattern_that_finds_nothing_or_is_invalid_is_an_error(
     tmp_path: Path, pattern: str, error: type[Exception], problem: str
 ):
     root = write_classes(tmp_path, ("cat", "dog"))
@@ -223,18 +232,18 @@ def test_the_time_of_a_photograph_is_that_of_its_camera():
     exif.get_ifd(0x8769)[0x9003] = "2026:01:12 09:30:11"
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "JPEG", exif=exif)
+
     assert Photo("a.jpg", file.getvalue()).taken == 1768210211
 
 
-def test_the_time_of_a_photograph_does_not_depend_on_whether_its_pixels_were_decoded():
+def test_the_time_of_a_photograph_does_not_depend_on_its_decoding():
     exif, file = Image.Exif(), io.BytesIO()
     exif.get_ifd(0x8769)[0x9003] = "2026:01:12 09:30:11"
     Image.new("RGB", (8, 8)).save(file, "PNG", exif=exif.tobytes())
     start, end = file.getvalue().index(b"eXIf") - 4, file.getvalue().index(b"IDAT") - 4
     png, chunk = file.getvalue(), file.getvalue()[start:end]
-    behind_pixels = (png[:start] + png[end:]).replace(
-        png[-12:], chunk + png[-12:]
-    )  # before the last chunk
+    # Before the last chunk
+    behind_pixels = (png[:start] + png[end:]).replace(png[-12:], chunk + png[-12:])
 
     for content, time in ((png, 1768210211), (behind_pixels, NO_TIME)):
         decoded, preprocessed, unread = (Photo("a.png", content) for _ in range(3))
@@ -251,6 +260,7 @@ def test_a_photograph_with_a_damaged_or_no_time_has_none(text: object):
     exif.get_ifd(0x8769)[0x9003] = text
     image = Image.new("RGB", (8, 8))
     image.info["exif"] = exif.tobytes() if text is not None else b"Exif\0\0II*\0damaged"
+
     assert capture_time(image) == NO_TIME
     assert capture_time(Image.new("RGB", (8, 8))) == NO_TIME
 
@@ -262,15 +272,14 @@ def test_data_check_says_nothing_about_different_photographs(tmp_path: Path):
             (tmp_path / label / f"{photo}.jpg").write_bytes(
                 encoded(scene(100 * number + photo), 90)
             )
+
     assert not check_data(tmp_path).notes
 
 
 @pytest.mark.parametrize(
     ("objects", "widened"), [(2, True), (4, True), (5, False), (10, False)]
 )
-def test_the_interval_allows_for_what_an_object_more_teaches_if_there_are_few(
-    objects: int, *, widened: bool
-):
+def test_the_interval_allows_for_what_one_more_object_teaches(objects: int, *, widened: bool):
     classes = np.repeat(np.arange(4), 20)
     groups = np.arange(80) // (20 // objects)
     logits = np.eye(4)[np.where(np.arange(80) % 2, classes, (classes + 1) % 4)]
@@ -278,6 +287,8 @@ def test_the_interval_allows_for_what_an_object_more_teaches_if_there_are_few(
     held_out, validated = (
         estimate_score(one_hot, "softmax", logits, 0, groups, folds) for folds in (0, 2)
     )
+
     assert validated.share == held_out.share == 0.5
+
     middle = (validated.low + validated.high) / 2
     assert (middle > 0.52) == widened

@@ -75,6 +75,7 @@ def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None
     split, lines = open_at(tmp_path), open_folder(tmp_path).notes
     formats = "JPEG, PNG, WebP, GIF, BMP, AVIF and HEIC"
     skipped = ".tif 1, without an ending 1, .txt 1"
+
     assert lines[-1] == f"{tmp_path}: 3 files skipped, not {formats}: {skipped}"
     assert split.train.labels == split.held_out.labels == ("Bee", "ant", "zebra")
     assert len(split.train) + len(split.held_out) == 15
@@ -91,20 +92,8 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path) -> None:
     found = {
         Path(name).parent.as_posix() for name in names(split.train) + names(split.held_out)
     }
+
     assert found == {"a", "a/more", "b", "c"}
-
-
-@pytest.mark.parametrize("name", ["a/Stra\udcdfe.jpg", "Stra\udcdfe/0.jpg"])
-def test_a_name_that_is_not_utf8_is_named_in_one_line(tmp_path, name) -> None:
-    make(tmp_path, a=2, b=2)
-    try:
-        paint(tmp_path / name)
-    except OSError:
-        pytest.skip("this file system takes UTF-8 names only")
-    with pytest.raises(
-        DataError, match=r"^[^\n]*: the name 'Stra.udcdfe(.jpg)?'.*UTF-8[^\n]*$"
-    ):
-        open_at(tmp_path)
 
 
 def test_a_class_of_one_image_is_left_out_with_a_line(tmp_path) -> None:
@@ -113,9 +102,9 @@ def test_a_class_of_one_image_is_left_out_with_a_line(tmp_path) -> None:
     assert names(split.train) == [
         f"{label}/00{number}.jpg" for label in "ac" for number in range(3)
     ]
-    assert split.notes == (
-        f"{tmp_path}: left out, because there are fewer than two images: b; add some",
-    )
+    [note] = split.notes
+    assert note.startswith(f"{tmp_path}: ")
+    assert ": b;" in note
 
 
 COMPOSED, DECOMPOSED = "\u00c4pfel", "A\u0308pfel"  # as Linux and macOS write the name
@@ -126,16 +115,18 @@ def test_folders_whose_names_differ_only_in_their_encoding_are_one_class(tmp_pat
     assert split.train.labels == ("Birne", COMPOSED)
     assert split.train.class_counts().tolist() == [2, 5]
     assert split.notes == ()
+
     parts = {f"train__{COMPOSED}": 2, "train__b": 2, f"val__{DECOMPOSED}": 2, "val__b": 1}
     parts = open_folder(make(tmp_path / "parts", **parts))
     assert parts.train.labels == parts.held_out.labels == ("b", COMPOSED)
+
     images = open_evaluation_images(tmp_path / "photos", (DECOMPOSED, "Birne"))
     assert images.labels == (DECOMPOSED, "Birne")
     assert images.class_counts().tolist() == [5, 2]
 
 
 @pytest.mark.slow
-def test_the_images_of_a_split_do_not_depend_on_the_encoding_of_names(tmp_path) -> None:
+def test_the_images_of_a_split_do_not_depend_on_encodings(tmp_path) -> None:
     held_out = [
         {
             Path(name).name
@@ -146,16 +137,13 @@ def test_the_images_of_a_split_do_not_depend_on_the_encoding_of_names(tmp_path) 
     assert held_out[0] == held_out[1]
 
 
-def test_spaces_around_the_name_of_a_folder_are_part_of_its_class_and_told(tmp_path) -> None:
+def test_spaces_around_the_name_of_a_folder_are_part_of_its_class(tmp_path) -> None:
     split = open_folder(make(tmp_path, **{"hat ": 2, "hat": 2, " b": 2, "c d": 2}))
 
     assert split.train.labels == (" b", "c d", "hat", "hat ")
     alike, spaced = split.notes
-    assert "'hat' and 'hat ' are different classes" in alike
-    assert spaced == (
-        f"{tmp_path}: the names of these classes begin or end with a space: ' b', 'hat '; "
-        "rename them, unless you want that"
-    )
+    assert "'hat' and 'hat '" in alike
+    assert "' b', 'hat '" in spaced
 
 
 @pytest.mark.parametrize(
@@ -168,7 +156,7 @@ def test_spaces_around_the_name_of_a_folder_are_part_of_its_class_and_told(tmp_p
         ("cat", [], ("cat ",)),
     ],
 )
-def test_the_folder_that_is_named_is_left_out_and_recorded_for_an_evaluation(
+def test_the_folder_that_is_named_is_left_out_and_recorded(
     tmp_path, leave_out, names, labels
 ) -> None:
     labels = (*labels, "dog")
@@ -184,31 +172,39 @@ def test_the_folder_that_is_named_is_left_out_and_recorded_for_an_evaluation(
 @pytest.mark.parametrize("other", ["Hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"])
 def test_classes_that_are_easily_confused_are_named(tmp_path, other) -> None:
     one, two = sorted([other, "hat"])
-    line = f"{one!r} and {two!r} are different classes; rename one if they are the same"
+    pair = f"{one!r} and {two!r}"
     split = open_folder(make(tmp_path / "photos", **{other: 2, "hat": 2, "b": 2}))
-    assert split.notes == (f"{tmp_path}/photos: {line}",)
+    [note] = split.notes
+
+    assert note.startswith(f"{tmp_path}/photos: {pair} ")
+
     make(
         tmp_path / "parts", **{f"train__{other}": 2, "train__b": 2, "val__hat": 2, "val__b": 1}
     )
     with pytest.raises(DataError) as problem:
         open_folder(tmp_path / "parts")
+
     path = tmp_path / "parts" / "val" / "hat"
     wrong, command = problem.value.lists["problems"]
-    assert wrong == f"{path}: is not a training class; is it {other!r}? Rename one of them"
+    assert wrong.startswith(f"{path}: ")
+    assert repr(other) in wrong
     assert command.endswith(" --set data.leave_out=val")
     with pytest.raises(DataError) as problem:
         open_evaluation_images(tmp_path / "photos", ("b", "hat"))
-    assert line in str(problem.value)
+    assert pair in str(problem.value)
+
     make(tmp_path / "parts" / "val", hAT=1)
     (tmp_path / "parts" / "val" / "hat").rename(tmp_path / "parts" / "val" / "haT")
     with pytest.raises(DataError) as problem:
         open_folder(tmp_path / "parts")
-    assert str(problem.value).count(f"is it {other!r}?") == 2
+    assert str(problem.value).count(repr(other)) == 2
+
     lines: list[str] = []
     open_evaluation_images(
         tmp_path / "photos", ("b", "hat"), other_classes=True, log=lines.append
     )
-    assert line in lines[0]
+
+    assert pair in lines[0]
 
 
 @pytest.mark.slow
@@ -269,7 +265,7 @@ def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> N
 def test_a_missing_or_unreadable_folder_is_named(tmp_path, monkeypatch) -> None:
     with pytest.raises(DataError, match=r"nowhere: .*one subfolder"):
         open_at(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"data\.path: .*try data"):
+    with pytest.raises(ConfigError, match=r"^data\.path: "):
         open_data(FolderConfig(kind="folder"))
 
     def refuse(_path):
@@ -319,9 +315,10 @@ def test_the_usual_names_of_parts_are_recognized_in_any_case(tmp_path, layout) -
     )
     assert log == ""
     assert [part.count for part in check_data(path).parts] == [6, 6]
+
     used: list[str] = []
     assert len(open_evaluation_images(path, ("cats", "dogs"), log=used.append)) == 6
-    assert used[0].endswith(": the images in this folder are used")
+    assert "this folder" in used[0]
 
 
 UNCLEAR = [
@@ -349,17 +346,14 @@ def test_folders_that_may_be_a_mistake_are_named(tmp_path, counts, sizes, line) 
     [(["cat", "dog", "cat", "dog"], (3,)), (["cat", "dog", "cat|dog", "dog"], (3, 2))],
     ids=["one class each", "several classes"],
 )
-def test_a_table_with_one_class_per_image_makes_a_network_that_predicts_one(
-    tmp_path, classes, shape
-) -> None:
+def test_a_table_with_one_class_per_image_predicts_one(tmp_path, classes, shape) -> None:
     make(tmp_path, images=4)
     lines = [f"images/{number:03}.jpg,{name}" for number, name in enumerate(classes)]
     (tmp_path / "labels.csv").write_text("\n".join(["file,classes", *lines]))
     split, log = open_logged(tmp_path)
+
     assert (split.train.labels, split.train.targets.ndim) == (("cat", "dog"), len(shape))
-    assert ("every image has one class, so the network predicts one" in log) == (
-        len(shape) == 1
-    )
+    assert ("predicts one" in log) == (len(shape) == 1)
     if len(shape) == 1:
         found = open_evaluation_images(tmp_path, ("dog", "cat"))
         assert [found.labels[target] for target in found.targets] == classes
@@ -380,15 +374,16 @@ def test_forty_broken_files_are_ten_and_a_number_and_one_reason(tmp_path) -> Non
         str(folder),
     ]
     shown = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "run"), "--json"])
+
     assert shown.exit_code == 2
-    assert "40 images cannot be used" in shown.stderr
+    assert "40 images" in shown.stderr
     assert (shown.stderr.count(".jpg"), shown.stderr.count("not an image")) == (10, 1)
-    advice, *_, more = re.split(r": |, | and ", shown.stderr.partition("lists all): ")[2])
-    assert (advice[:20], more[:7]) == ("this is not an image", "30 more")  # before the names
+    assert re.search(r"not an image.*\.jpg.* 30 more", shown.stderr)  # the reason comes first
     assert len(json.loads(shown.stdout)["error"]["lists"]["images"]) == 40
+
     checked = CliRunner().invoke(app, ["train", "--dry-run", "--data", str(folder)])
     assert (checked.stderr.count(".jpg"), checked.stderr.count("not an image")) == (10, 1)
-    assert "and 30 more" in checked.stderr.partition("this is not an image")[2]
+    assert re.search(r"not an image.* 30 more", checked.stderr)
 
 
 TABLES = {
@@ -411,6 +406,7 @@ def test_a_table_above_folders_that_are_not_classes_tells_the_classes(
     ]
     (tmp_path / "labels.csv").write_bytes("\n".join([heading, *rows]).encode(encoding))
     split = open_folder(tmp_path)
+
     assert split.train.labels == ("h\u00fcte", "kleid")
     assert split.train.class_counts().tolist() == [3, 3]
 
@@ -426,22 +422,8 @@ def test_an_image_of_a_table_has_the_names_of_all_its_classes(tmp_path) -> None:
     (tmp_path / "labels.csv").write_text("\n".join(["file,classes", *rows]))
     images = open_folder(tmp_path).train
     named = [images.class_names(index) for index in range(len(images))]
+
     assert named == [["hat"], ["hat", "tie"], [], ["tie"]]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [
-        ("labels.csv", "id,date\n1,2026", "labels.csv: has the columns id, date"),
-    ],
-)
-def test_a_table_beside_class_folders_that_is_not_read_is_an_error(
-    tmp_path, name: str, content: str, problem: str
-) -> None:
-    make(tmp_path, **{"2026-01": 2, "2026-02": 2})
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=re.escape(problem)):
-        open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["labels.tsv", "Labels.csv", "labels.txt", "labels.json"])
@@ -472,10 +454,12 @@ def test_bundles_and_runs_are_never_classes(tmp_path) -> None:
         (tmp_path / name / output.name).symlink_to(output)
         (tmp_path / name / "latest").symlink_to(output.name)
     opened = open_folder(tmp_path)
+
     assert opened.train.labels == ("cat", "dog")
+
     (note,) = opened.notes
     names = "bundles, latest, photos-1, photos-3f6c01d2a4b7, runs"
-    assert note.endswith(f"left out, because they are or hold bundles or runs: {names}")
+    assert note.endswith(f": {names}")
     assert {part.name: [*part.classes] for part in check_data(tmp_path).parts} == {
         "all": ["cat", "dog"]
     }
@@ -487,6 +471,7 @@ def test_a_run_is_not_written_into_its_photographs(tmp_path, out) -> None:
     result = CliRunner().invoke(
         app, ["train", "--data", str(photos), "--out", str(photos / out)]
     )
+
     assert (result.exit_code, "choose a folder outside" in result.stderr) == (2, True)
     assert sorted(path.name for path in photos.iterdir()) == ["cat", "dog"]
 
@@ -497,9 +482,7 @@ def test_runs_of_a_folder_that_is_the_current_one_are_written_elsewhere(
     monkeypatch.chdir(make(tmp_path / "photos", cat=3, dog=3))
     result = CliRunner().invoke(app, ["train", "--data", "."])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert result.stderr.startswith(
-        "error: --out: runs is in the photos of .; choose a folder outside"
-    )
+    assert result.stderr.startswith("error: --out: runs ")
 
 
 def test_classes_in_names_of_files_that_are_easily_confused_are_named(tmp_path) -> None:
@@ -507,7 +490,7 @@ def test_classes_in_names_of_files_that_are_easily_confused_are_named(tmp_path) 
         paint(tmp_path / f"{name}.jpg", number)
 
     notes = open_folder(tmp_path, r"^[A-Za-z]+").notes
-    assert any("'Hat' and 'hat' are different classes" in note for note in notes)
+    assert any("'Hat' and 'hat'" in note for note in notes)
 
 
 @pytest.mark.parametrize("test", ["test", "test1"])
@@ -517,23 +500,21 @@ def test_classes_in_the_names_of_training_images_are_read_on_demand(tmp_path, te
             name = f"{label}.{number}"
             paint(tmp_path / "train" / f"{name}.jpg", crc32(name.encode()))
         paint(tmp_path / test / f"{number}.jpg", number)
-    with pytest.raises(
-        QuestionError, match=r" --set data\.classes_from='\^\\D\+' \(cat 4, dog 4"
-    ):
+
+    with pytest.raises(QuestionError, match=r"data\.classes_from='\^\\D\+' \(cat 4"):
         open_folder(tmp_path)
+
     split = open_folder(tmp_path, r"^\D+")
     assert (split.train.labels, len(split.train), len(split.held_out)) == (("cat", "dog"), 8, 0)
-    assert (
-        f"{tmp_path}/{test}: left out, because it has none of the classes: 4 images"
-        in split.notes[0]
-    )
+    assert split.notes[0].startswith(f"{tmp_path}/{test}: ")
+    assert "4 images" in split.notes[0]
 
 
 def test_an_archive_beside_a_few_images_is_to_be_unpacked(tmp_path) -> None:
     root = make(tmp_path, screenshots=2)
     (root / "with_mask.part1.rar").write_bytes(b"Rar!")
 
-    with pytest.raises(DataError, match=r"\(screenshots/ 2 images.*\).*with_mask.part1"):
+    with pytest.raises(DataError, match=r"screenshots/ 2 .*with_mask\.part1"):
         open_folder(root)
 
 
@@ -547,9 +528,7 @@ WITHOUT_IMAGES = {
 
 
 @pytest.mark.parametrize(("files", "advice"), WITHOUT_IMAGES.values(), ids=WITHOUT_IMAGES)
-def test_a_folder_is_a_class_if_any_of_its_files_may_hold_photographs(
-    tmp_path, files, advice
-) -> None:
+def test_a_folder_is_a_class_if_any_file_may_be_a_photograph(tmp_path, files, advice) -> None:
     root = make(tmp_path, cat=0, dog=3, fox=3)
     for name in files:
         (root / "cat" / name).write_bytes(b"x")
@@ -560,7 +539,7 @@ def test_a_folder_is_a_class_if_any_of_its_files_may_hold_photographs(
     else:
         split = open_folder(root)
         assert split.train.labels == ("dog", "fox")
-        assert f"{root}: left out, because they hold no images: cat" in split.notes
+        assert any(note.startswith(f"{root}: ") and "cat" in note for note in split.notes)
 
 
 UNLABELLED: dict[str, tuple[dict[str, int], str]] = {
@@ -585,9 +564,9 @@ def test_held_out_images_may_lack_a_class(tmp_path) -> None:
     split = open_folder(make(tmp_path, train__a=2, train__b=2, train__c=2, val__c=1, val__a=2))
     assert split.held_out.labels == split.train.labels
     assert split.held_out.class_counts().tolist() == [2, 0, 1]
-    assert split.notes == (
-        f"{tmp_path}/val: no images of b, so that the score tells nothing about them",
-    )
+    [note] = split.notes
+    assert note.startswith(f"{tmp_path}/val: ")
+    assert " b," in note
 
 
 def test_everything_at_the_top_that_is_not_used_is_named(tmp_path) -> None:
@@ -596,7 +575,9 @@ def test_everything_at_the_top_that_is_not_used_is_named(tmp_path) -> None:
     paint(tmp_path / "bird.jpg", 1)
     (tmp_path / "manual.pdf").write_bytes(b"%PDF-1.4")
     beside, skipped = open_folder(tmp_path).notes
-    assert beside == f"{tmp_path}: 1 image without a class left out: bird.jpg"
+
+    assert beside.startswith(f"{tmp_path}: 1 image ")
+    assert beside.endswith(": bird.jpg")
     assert skipped.endswith(": .pdf 1")
 
 
@@ -610,22 +591,24 @@ def test_what_programs_leave_beside_a_photograph_is_none(tmp_path, name) -> None
         (folder / "0.jpg").write_bytes((folder / "000.jpg").read_bytes())
         (folder / name).write_bytes((folder / "000.jpg").read_bytes())
         (folder / "IMG_7").write_bytes((folder / "001.jpg").read_bytes())  # a photograph
+
     assert open_folder(tmp_path).train.class_counts().tolist() == [5, 5]
 
 
 def test_images_without_folders_are_counted_together(tmp_path) -> None:
     for number in range(3):
         paint(tmp_path / f"{number}.jpg", number)
-    with pytest.raises(DataError, match=r"no labels\.csv \(3 images\)"):
+    with pytest.raises(DataError, match=r"labels\.csv \(3 images"):
         open_folder(tmp_path)
 
 
 def test_all_names_that_are_not_utf8_are_in_one_error(tmp_path) -> None:
     make(tmp_path, a=2, b=2)
     try:
-        for name in ("a/Stra\udcdfe.jpg", "b/gr\udcfcn.jpg"):
+        for name in ("a/Stra\udcdfe.jpg", "gr\udcfcn/0.jpg"):
             paint(tmp_path / name)
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    with pytest.raises(DataError, match=r"2 names .*UTF-8.*a/Stra.*b/gr"):
+
+    with pytest.raises(DataError, match=r"^[^\n]*UTF-8.*a/Stra.*gr[^\n]*$"):
         open_folder(tmp_path)

@@ -72,6 +72,7 @@ def test_the_folder_of_a_server_is_not_training_data_without_labels(tmp_path: Pa
     write_photos(tmp_path, "cat", photos[:2])
     write_photos(tmp_path, "dog", photos[2:])
     (tmp_path / LABEL_CONFIG).write_text("<View></View>")
+
     with pytest.raises(DataError, match="predictions, not labels"):
         open_folder(tmp_path)
 
@@ -84,6 +85,7 @@ def test_the_folder_of_a_server_is_not_training_data_without_labels(tmp_path: Pa
     table = tmp_path.parent / f"{tmp_path.name}.csv"
     table.write_text("\n".join(["image,class", *rows]))
     split = open_folder(tmp_path, classes_from=str(table))
+
     assert split.train.labels == ("eel", "fox")
     assert len(split.train) == 4
     assert kept_id(split.train.identity(0)) == kept_id(photos[0])
@@ -99,5 +101,6 @@ def test_the_folder_of_a_server_is_not_training_data_without_labels(tmp_path: Pa
         )
     )
     split = open_folder(tmp_path, classes_from=str(table))
+
     assert split.train.labels == ("eel", "fox")
     assert split.train.targets.sum(axis=1).tolist() == [1, 1, 1, 2]

@@ -183,9 +183,7 @@ def test_predictions_of_a_server_are_not_labels(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["7", "true", "null", "1979-05-27", "a,b", " a", '"a"', "[a]"])
-def test_the_command_that_leaves_out_a_folder_names_it_whatever_it_is_called(
-    tmp_path, name
-) -> None:
+def test_the_command_that_leaves_out_a_folder_names_it(tmp_path, name) -> None:
     make(tmp_path, four("a", "b", name))
 
     command = Reading(tmp_path, "folders", leave_out=name).command

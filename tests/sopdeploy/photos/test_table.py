@@ -75,6 +75,7 @@ def test_a_table_finds_files_and_classes_in_any_encoding(
         f"file,classes\nb.png,{COMPOSED}\n{listed}/{listed}.png,{DECOMPOSED}|dog\nd.png,dog\n",
     )
     found = rows(folder, (on_disk, "dog"))
+
     assert found == {"b.png": [1, 0], f"{on_disk}/{on_disk}.png": [1, 1], "d.png": [0, 1]}
     assert check_data(folder).parts[0].classes == {"dog": 2, COMPOSED: 2}
 
@@ -86,7 +87,7 @@ def test_a_file_that_two_rows_name_differently_is_listed_twice(folder: Path) -> 
             open_folder(write(folder, f"file,classes\n{pair[0]},cat\n{pair[1]},dog\n"))
 
 
-def test_a_backslash_in_the_name_of_a_file_is_read_as_it_is(folder: Path) -> None:
+def test_a_backslash_in_a_file_name_is_read_as_it_is(folder: Path) -> None:
     shutil.copy(folder / "a.png", folder / "sub\\c.png")
     assert list(rows(write(folder, "file,classes\nsub\\c.png,cat\nsub/c.png,dog\n"))) == [
         "sub\\c.png",
@@ -97,10 +98,7 @@ def test_a_backslash_in_the_name_of_a_file_is_read_as_it_is(folder: Path) -> Non
 def test_classes_of_a_table_that_are_easily_confused_are_named(folder: Path) -> None:
     table = "file,classes\na.png,Hat\nb.png,hat\nsub/c.png,red  cat\nd.png,red cat\n"
     notes = check_data(write(folder, table)).notes
-    assert (
-        f"{folder}/labels.csv: 'Hat' and 'hat' are different classes; rename one if they are the same"
-        in notes
-    )
+    assert any(note.startswith(f"{folder}/labels.csv: 'Hat' and 'hat' ") for note in notes)
     assert any("'red  cat' and 'red cat'" in note for note in notes)
     with pytest.raises(DataError, match=r"'Hat' and 'hat'"):
         open_evaluation_images(folder, ("hat", "red cat", "red  cat"), multi_label=True)
@@ -211,6 +209,7 @@ def test_a_table_that_cannot_be_read_is_never_ignored(folder: Path, make, messag
         for name in ("a.png", "d.png"):
             shutil.copy(folder / name, folder / label / name)
     make(folder / "labels.csv")
+
     for read in (
         open_folder,
         check_data,
@@ -244,6 +243,7 @@ def test_a_table_of_other_columns_next_to_class_folders_is_an_error(folder: Path
         for name in ("a.png", "d.png"):
             shutil.copy(folder / name, folder / label / name)
     shutil.rmtree(folder / "sub")
+
     with pytest.raises(DataError, match=r"name, breed"):
         open_folder(write(folder, "name,breed\nx,y\n"))
 
@@ -259,16 +259,20 @@ def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> 
         )
         for _ in range(2)
     )
+
     assert split.train.labels == CLASSES
     assert len(split.train) + len(split.held_out) == 60
+
     held = split.held_out.targets.sum(axis=0)
     total = split.train.targets.sum(axis=0) + held
     assert (np.abs(held - 0.2 * total) <= 3).all()
     assert (split.held_out.paths == again.held_out.paths).all()
+
     lines = (scenes / "labels.csv").read_text().splitlines()
     parts = ["split", *["val"] * 20, *["train"] * 40]
     write(scenes, "\n".join(f"{line},{part}" for line, part in zip(lines, parts, strict=True)))
     split = open_folder(scenes)
+
     assert [len(split.train), len(split.held_out)] == [40, 20]
     assert len(open_evaluation_images(scenes, CLASSES, multi_label=True)) == 20
 
@@ -279,9 +283,10 @@ def test_the_check_counts_classes_and_finds_unlisted_and_broken_images(folder: P
     assert [(part["name"], part["count"], part["classes"]) for part in found["parts"]] == [
         ("all", 3, {"cat": 1, "dog": 2})
     ]
-    assert found["notes"] == [f"not listed in labels.csv: 1 image: {folder / 'd.png'}"]
-    assert "sub/c.png: this is not an image" in found["unreadable"][0]
-    assert "cat: only one image" in found["too_few"][0]
+    [note] = found["notes"]
+    assert note.endswith(f"labels.csv: 1 image: {folder / 'd.png'}")
+    assert "sub/c.png: " in found["unreadable"][0]
+    assert "cat: " in found["too_few"][0]
 
 
 def test_a_name_of_two_images_needs_its_folder(folder: Path) -> None:
@@ -324,7 +329,7 @@ def write_beside(folder: Path, name: str, lines: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("case", BESIDE)
-def test_a_table_that_lists_all_images_with_one_column_of_classes_is_read_and_others_are_proposed(
+def test_a_table_that_lists_all_images_is_read_and_others_are_proposed(
     tmp_path: Path, case: str
 ) -> None:
     name, lines, column = BESIDE[case]
@@ -341,7 +346,7 @@ def test_a_table_that_lists_all_images_with_one_column_of_classes_is_read_and_ot
     assert len(open_folder(root, setting).train.labels) == 2
 
 
-def test_a_table_of_the_training_part_is_read_and_the_other_part_is_named(
+def test_a_table_of_the_training_part_is_read(
     tmp_path: Path,
 ) -> None:
     lines = ["id,label", *(f"{name[0]},{label}" for name, label in CATS.items())]
@@ -353,7 +358,7 @@ def test_a_table_of_the_training_part_is_read_and_the_other_part_is_named(
     split = open_folder(tmp_path)
 
     assert split.train.targets.tolist() == [0, 1] * 3
-    assert any("not listed in train.csv: 1 image" in note for note in split.notes)
+    assert any("train.csv: 1 image" in note for note in split.notes)
 
 
 @pytest.mark.parametrize("name", ["labels.csv", "metadata.csv"])
@@ -385,12 +390,12 @@ def test_a_table_beside_class_folders_is_named_and_read_only_on_demand(tmp_path:
     split = open_folder(tmp_path)
 
     assert split.train.labels == ("cat", "dog")
-    assert any("not read: other.csv; to do so, add --set data" in note for note in split.notes)
+    assert any("other.csv" in note for note in split.notes)
     assert open_folder(tmp_path, "other.csv").train.labels == ("a", "b")
 
 
 @pytest.mark.parametrize("name", ["annotations.json", "annotations.xml", "list.txt"])
-def test_a_file_that_is_not_a_csv_file_is_refused_with_the_programs_that_convert_it(
+def test_a_file_that_is_not_a_csv_file_is_refused_with_advice(
     tmp_path: Path, name: str
 ) -> None:
     root = write_beside(tmp_path / "photos", name, [])
@@ -423,11 +428,11 @@ def test_the_exports_of_label_tools_are_read(folder: Path, tool: str) -> None:
     shutil.rmtree(folder / "sub")
     name, text = TOOLS[tool]
     (folder / name).write_text(text)
+
     assert rows(folder) == {"a.png": [1, 0], "b.png": [0, 1], "d.png": [0, 1]}
+
     notes = check_data(folder).notes
-    assert any("these columns are left out: annotator, seconds" in note for note in notes) == (
-        tool == "further columns"
-    )
+    assert any("annotator, seconds" in note for note in notes) == (tool == "further columns")
 
 
 def test_a_name_elsewhere_that_two_images_have_is_not_guessed(folder: Path) -> None:
