@@ -68,12 +68,15 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path, checkpoint: Chec
     path = tmp_path / "deep" / "run" / "ckpt.pt"
     write_checkpoint(path, checkpoint)
     found = read_checkpoint(path)
+
     assert same_bits(found.weights, checkpoint.weights)
     assert replace(found, weights={}) == replace(checkpoint, weights={})
     assert found.resume is None
+
     momentum = {"state": {0: {"momentum": torch.randn(5)}}}
     resume = {"optimizer": momentum, "random": torch.get_rng_state(), "n": 3}
     write_checkpoint(path, replace(checkpoint, resume=resume, training={"epoch": 2}))
+
     assert same_bits(read_checkpoint(path).resume, resume)
     assert read_checkpoint(path).training == {"epoch": 2}
     assert [file.name for file in path.parent.iterdir()] == ["ckpt.pt"]
@@ -207,6 +210,7 @@ def test_a_file_is_replaced_after_it_was_written(tmp_path: Path) -> None:
         partial.write_text("after")
         assert partial.parent == tmp_path
         assert path.read_text() == "before"
+
     assert path.read_text() == "after"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -218,6 +222,7 @@ def test_an_error_keeps_the_old_file(tmp_path: Path, problem: BaseException) -> 
     with suppress(OSError, KeyboardInterrupt), atomic_write(path) as partial:
         partial.write_text("half")
         raise problem
+
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 

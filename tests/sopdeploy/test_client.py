@@ -121,6 +121,7 @@ def test_each_argument_of_a_method_arrives_in_its_request(method: str):
     content, line, always, arguments = METHODS[method]
     images = [b"bytes"] if arguments else []
     known = arguments.__annotations__.keys() if arguments else set()
+
     for name in known - {"timeout"} | {""}:
         value, text = ARGUMENTS.get(name, ("", ""))
         given = {name: value} if name else {}
@@ -138,11 +139,13 @@ def test_each_argument_of_a_method_arrives_in_its_request(method: str):
         assert 0 < int(sent.headers["X-Request-Timeout-Ms"]) <= 7000
 
 
-def test_a_list_is_sent_as_a_form_and_returned_in_order_with_errors():
+def test_a_list_is_sent_as_a_form_and_returned_in_order():
     error = {"title": "x", "status": 422, "code": "truncated_image", "detail": "cut"}
     server = Script(httpx.Response(200, json={"results": [{"classes": []}, {"error": error}]}))
     good, bad = server.call("classify", [b"first", b"second"])
+
     assert (good.error, bad.error.code, bad.classes) == (None, "truncated_image", ())
+
     body = server.requests[0].content
     assert 0 < body.index(b"first") < body.index(b"second")
     assert body.count(b'; name="image"') == 2
@@ -194,12 +197,14 @@ def test_an_error_names_the_address_without_its_password(reply):
     assert "secret" not in str(caught.value)
 
 
-def test_a_key_that_is_not_a_header_and_options_that_do_not_exist_are_rejected():
+def test_a_key_that_is_not_a_header_and_unknown_options_are_rejected():
     with pytest.raises(ConfigError, match="API key"):
         Client("http://server", api_key="a\r\nX: y")
+
     for url in ("http://server:port", "127.0.0.1:8000", "ftp://server", ""):
         with pytest.raises(ConfigError, match="not a URL"):
             Client(url)
+
     with pytest.raises(TypeError, match="topk"):
         Script(SUCCESS).call("classify", b"x", topk=3)
 
@@ -209,6 +214,7 @@ def test_other_values_are_rejected_before_sending():
     for value in (3, PIXELS[:0], "none.jpg", "a\0b"):
         with pytest.raises(DataError):
             server.call("classify", value)
+
     assert server.requests == []
 
 
@@ -249,6 +255,7 @@ def test_what_a_server_that_is_away_causes_is_repeated(pauses, case):
     server = Script(reply, reply, SUCCESS)
     assert server.call("classify", b"x").classes[0].label == "cat"
     assert pauses == pytest.approx(expected)
+
     attempts = [one.headers["X-Request-Attempt"] for one in server.requests]
     assert attempts == ["1", "2", "3"]
     assert {one.content for one in server.requests} == {b"x"}
@@ -299,6 +306,7 @@ def test_the_number_of_repetitions_can_be_limited(pauses):
     with pytest.raises(OverloadedError) as caught:
         server.call("classify", b"x", retries=3)
     assert (caught.value.retry_after, len(server.requests)) == (0, 4)
+
     server = Script(REFUSED)
     with pytest.raises(UnreachableError) as unreachable:
         server.call("classify", b"x", retries=0)
@@ -347,6 +355,7 @@ def test_options_of_httpx_are_passed_on() -> None:
     with Client("http://server/path", api_key="secret", **options) as client:
         client.classify(b"x")
     (sent,) = server.requests
+
     assert (sent.headers["X-Team"], sent.headers["Authorization"]) == ("birds", "Bearer secret")
     assert sent.url == "http://server/path/v1/classify"
     with pytest.raises(TypeError):

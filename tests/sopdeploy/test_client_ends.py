@@ -128,9 +128,7 @@ def test_a_client_finds_the_end_of_its_response(case: str) -> None:
 
 
 @pytest.mark.usefixtures("client_kind")
-def test_a_connection_that_the_server_closes_first_is_replaced_before_the_photograph_is_sent_again() -> (
-    None
-):
+def test_a_connection_that_the_server_closes_first_is_replaced() -> None:
     """As after the time for idle connections: the server ends it between two photographs."""
 
     closed = threading.Event()
@@ -185,7 +183,7 @@ LARGE = bytes(8_000_000)  # more than the buffers of the system
 
 @pytest.mark.usefixtures("client_kind")
 @pytest.mark.parametrize("phase", ["connect", "write", "first byte"])
-def test_a_server_that_stops_in_any_phase_is_left_after_the_time_of_the_call(
+def test_a_server_that_stops_is_left_after_the_time_of_the_call(
     phase: str,
 ) -> None:
     with (
@@ -195,10 +193,11 @@ def test_a_server_that_stops_in_any_phase_is_left_after_the_time_of_the_call(
     ):
         client.classify(LARGE if phase == "write" else b"x", timeout=0.2)
     assert caught.value.code == LATE
-    assert str(caught.value) == f"{url}/v1/classify: no response within 0.2 s"
+    assert str(caught.value).startswith(f"{url}/v1/classify: ")
+    assert "0.2 s" in str(caught.value)
 
 
-def test_a_name_without_an_address_is_an_error_with_the_words_of_the_name_server(
+def test_a_name_without_an_address_is_an_error_of_the_name_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -220,11 +219,10 @@ def label_of(client: Client, photograph: str) -> str:
     return client.classify(photograph.encode()).classes[0].label
 
 
-def test_ctrl_c_ends_the_call_and_leaves_no_response_to_the_next_one() -> None:
+def test_ctrl_c_ends_the_call_and_leaves_no_response() -> None:
     main, interrupted = threading.main_thread().ident, threading.Event()
-    handler = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a test runner may ignore it
+    # A test runner may ignore it
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def answer(request: Received) -> bytes:
         if request.body == b"first":
@@ -244,7 +242,7 @@ def test_ctrl_c_ends_the_call_and_leaves_no_response_to_the_next_one() -> None:
     assert [request.body for request in server.received] == [b"first", b"second", b"third"]
 
 
-def test_a_call_from_a_running_event_loop_blocks_it_and_one_in_a_thread_does_not() -> None:
+def test_a_call_from_an_event_loop_blocks_it_unless_in_a_thread() -> None:
     async def calls(client: Client) -> list[str]:
         direct = label_of(client, "direct")
         names = [f"number {number}" for number in range(20)]

@@ -67,7 +67,7 @@ def tls_server(certificate: Path) -> Iterator[int]:
         listener.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_certificate_of_a_private_authority_is_refused_at_once_until_it_is_trusted(
+def test_a_certificate_of_a_private_authority_is_refused_until_it_is_trusted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certificate = write_certificate(tmp_path / "authority.pem")

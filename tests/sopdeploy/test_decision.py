@@ -81,16 +81,14 @@ def test_what_is_fitted_depends_on_the_number_of_images_and_classes() -> None:
         assert (found.rejection is not None) == ("threshold" in name), name
 
 
-def test_a_classifier_that_cannot_be_scaled_keeps_its_probabilities_and_gets_a_threshold() -> (
-    None
-):
+def test_a_classifier_that_cannot_be_scaled_gets_a_threshold() -> None:
     logits, targets = calibrated(500)
     decision = fit_decision(3 * logits, targets, estimated_on="held-out", scalable=False)
     assert (decision.temperature, decision.rejection is None) == (1.0, False)
 
 
 @pytest.mark.parametrize(("images", "accepts"), [(60, 0.8), (1000, 0.95)])
-def test_the_threshold_accepts_at_least_the_requested_fraction_of_other_known_images_on_average(
+def test_the_threshold_accepts_at_least_the_requested_fraction_on_average(
     images: int, accepts: float
 ) -> None:
     accepted = []
@@ -115,6 +113,7 @@ def test_an_image_exactly_at_the_threshold_is_known(
     score = float(log_sum_exp(logits))
     threshold = score if limit is None else float(np.nextafter(score, limit))
     answer = Decision(rejection=Rejection(threshold=threshold)).answer(logits)
+
     assert (answer.known, answer.score) == (is_known, score)
 
 
@@ -301,7 +300,8 @@ def test_images_of_no_class_test_the_threshold_and_do_not_change_it():
     assert dict(shipped.rows())["photos of other things"].startswith(of_other_things + " (")
 
 
-NEW_CLASS = {  # rejected photographs of each class of ten, and the interval in percent
+# Rejected photographs of each class of ten, and the interval in percent
+NEW_CLASS = {
     "alike": ([2, 2, 2, 2, 2, 2, 2, 2], (5, 55)),
     "unlike": ([0, 10, 0, 10, 0, 10, 0, 10], (0, 100)),
     "two": ([10, 10], (34, 100)),
@@ -345,21 +345,24 @@ def test_the_threshold_of_few_cosines_is_a_prediction_bound(count: int):
         (None, None, ""),
         (None, (0, 0), ""),
         (None, (8, 9), ""),
-        (None, (7, 9), "only 7 of 9 unknown images are rejected; add"),
-        (None, (0, 9), "only 0 of 9 unknown images are rejected; add"),
-        ((38, 40), (7, 40), "only 7 of 40 unknown images are rejected, 38 of 40 before; add"),
+        (None, (7, 9), "7 of 9"),
+        (None, (0, 9), "0 of 9"),
+        ((38, 40), (7, 40), "7 of 40"),
         (
             (38, 40),
             (24, 40),
-            "only 24 of 40 unknown images are rejected, 38 of 40 before; add",
+            "24 of 40",
         ),
         ((38, 40), (34, 40), ""),
     ],
 )
 def test_a_low_or_fallen_share_of_recognized_images_is_a_warning(before, now, found):
     was, rule = (Rejection(threshold=0.0, recognized=one) for one in (before, now))
-    assert describe_weakness(rule, was).startswith(found)
-    assert bool(describe_weakness(rule, was)) == bool(found)
+
+    warning = describe_weakness(rule, was)
+    assert found in warning
+    assert bool(warning) == bool(found)
+    assert before is None or not found or "38 of 40" in warning
 
 
 def stripes(folder, count: int):
@@ -415,12 +418,14 @@ def test_a_decision_for_trained_logits_divides_them_before_everything_else(rules
     rules = rules.model_copy(update={"calibration": calibration})
     for_trained = rules.for_trained_logits()
     logits_NC = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+
     for logits in logits_NC:
         occluded = logits_NC[:4]
         found = for_trained.answer(logits, occluded=occluded)
         assert found == rules.answer(
             logits.astype(float) / 0.25, occluded=occluded.astype(float) / 0.25
         )
+
     largest = np.array([3e38, -3e38, 0], np.float32)
     assert all(
         np.isfinite(probability) for _, probability in for_trained.answer(largest).ranked

@@ -21,7 +21,8 @@ from sopdeploy.environment import (
 from sopdeploy.errors import ConfigError, MissingPackageError, RuntimeUnavailableError
 
 QUOTA, PERIOD = "cpu.cfs_quota_us", "cpu.cfs_period_us"
-QUOTAS = {  # groups of the process, files, cores of 8
+# Groups of the process, files, cores of 8
+QUOTAS = {
     "version 2": ("0::/a/b\n", {"a/b/cpu.max": "250000 100000"}, 2),
     "version 2, the group around it": (
         "0::/a/b\n",
@@ -71,6 +72,7 @@ def test_a_process_may_use_its_cores_within_every_quota(
     monkeypatch.setattr(environment, "CGROUP", tmp_path / "fs")
     monkeypatch.setattr(environment, "PROCESS_CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(8)), raising=False)
+
     assert usable_cores() == expected
 
 
@@ -92,10 +94,12 @@ def test_a_wrong_variable_of_a_launcher_is_named(
     monkeypatch.setenv("WORLD_SIZE", value)
     with pytest.raises(ConfigError, match="WORLD_SIZE="):
         is_distributed()
+
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", value)
     with pytest.raises(ConfigError, match="RANK="):
         is_main_process()
+
     monkeypatch.setenv("RANK", "")
     assert is_main_process()
 
@@ -135,9 +139,7 @@ def test_a_package_that_cannot_be_loaded_is_not_called_missing(
     assert str(caught.value) == message
 
 
-def test_a_library_of_an_extra_that_cannot_be_loaded_is_one_error_line(
-    tmp_path, monkeypatch
-) -> None:
+def test_a_library_that_cannot_be_loaded_is_one_error_line(tmp_path, monkeypatch) -> None:
     package = tmp_path / "lib" / "timm"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("from timm.native import *")

@@ -164,6 +164,7 @@ def test_a_disk_that_fails_is_one_line_and_leaves_nothing(
     monkeypatch.setattr(owner, name, failing(code))
     with pytest.raises(StorageError, match=rf"cannot be written \({os.strerror(code)}\)"):
         action(tmp_path / "files")
+
     is_written = name == "fsync" and action is write_checkpoint
     assert is_written or list((tmp_path / "files").rglob("*")) == []
 
@@ -178,7 +179,7 @@ def test_a_disk_that_fails_is_one_line_and_leaves_nothing(
         (OSError("the connection is closed\nand more"), "the connection is closed"),
     ],
 )
-def test_the_reason_why_a_file_cannot_be_written_is_that_of_the_system(
+def test_the_reason_why_a_file_cannot_be_written_is_the_system_s(
     error: OSError, reason: str
 ) -> None:
     with pytest.raises(StorageError, match=re.escape(reason)), writing("rows"):
@@ -242,9 +243,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_what_a_killed_process_left_is_removed_by_the_next_one_but_not_before(
-    tmp_path: Path, write
-) -> None:
+def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path, write) -> None:
     command = [sys.executable, "-c", f"{KILLED}\n{write}", str(tmp_path), ""]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
@@ -272,7 +271,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_but_not_before(
     assert not unfinished & set(tmp_path.rglob("*"))
 
 
-def test_the_first_file_that_a_process_writes_to_a_folder_removes_what_was_left(
+def test_the_first_file_in_a_folder_removes_what_was_left(
     tmp_path: Path,
 ) -> None:
     left = tmp_path / "a.txt.0123abcd.partial"
@@ -309,13 +308,15 @@ def test_without_locks_nobody_knows_what_was_left_so_it_stays(
     assert left.exists()
 
 
-def test_a_folder_that_was_created_for_nothing_is_removed_with_those_above_it(
+def test_a_folder_created_for_nothing_is_removed_with_its_parents(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(ConfigError), new_folder(tmp_path / "a" / "b" / "c"):
         raise ConfigError("wrong")
     assert list(tmp_path.iterdir()) == []
+
     (tmp_path / "a").mkdir()
     with new_folder(tmp_path / "a" / "b"), new_folder(tmp_path / "a" / "c"):
         (tmp_path / "a" / "c" / "file").touch()
+
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "c", "file"]

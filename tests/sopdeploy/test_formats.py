@@ -101,6 +101,7 @@ def test_every_release_of_a_version_that_is_read_has_an_archive() -> None:
     changelog = (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
     released = re.findall(r"^## \[(\d[\d.]*)\]", changelog, re.MULTILINE)
     assert released[0] == NEWEST
+
     read = {name for name in released if (*map(int, name.split(".")),) >= OLDEST}
     assert ARCHIVES.keys() == read, "run tests/formats/write.py"
 
@@ -113,6 +114,7 @@ def test_a_bundle_of_an_older_version_says_to_export_it_again(files: Path) -> No
     manifest = json.loads((path / MANIFEST).read_bytes())
     manifest["versions"]["sopdeploy"] = EARLIER
     (path / MANIFEST).write_bytes(to_json(manifest))
+
     with pytest.raises(BundleError, match=f"{EARLIER}.*export") as caught:
         open_bundle(path)
     assert "\n" not in str(caught.value)
@@ -123,6 +125,7 @@ def test_a_checkpoint_of_an_older_version_says_to_train_it_again(files: Path) ->
     fields = load_plain(path, path.read_bytes())
     fields["training"]["versions"]["sopdeploy"] = EARLIER
     torch.save(fields, path)
+
     with pytest.raises(CheckpointError, match=f"{EARLIER}.*train"):
         read_checkpoint(path)
 
@@ -140,6 +143,7 @@ def test_a_checkpoint_is_read_with_its_decision(files: Path) -> None:
         checkpoint = read_checkpoint(files / "trained" / "best.pt")
         network = build_classifier(checkpoint, files)
         assert network(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
+
     assert checkpoint.decision is not None
     assert checkpoint.origin is not None
 
@@ -248,7 +252,7 @@ def check_refusals(fields: Any, read: Callable[[Any], object], *, ignored: set[s
     wrong = {
         place: message
         for place, message in messages.items()
-        if message and ("\n" in message or f"read it with sopdeploy {LATER}" not in message)
+        if message and ("\n" in message or f"sopdeploy {LATER}" not in message)
     }
 
     assert wrong == {}
@@ -291,9 +295,8 @@ def test_a_checkpoint_of_a_later_version_names_who_reads_it(files: Path) -> None
 def test_a_stopped_run_of_a_later_version_names_who_resumes_it(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        loop_run, "fit_loop", lambda *_: (SimpleNamespace(seen=None), {})
-    )  # what is not refused is not trained
+    # What is not refused is not trained
+    monkeypatch.setattr(loop_run, "fit_loop", lambda *_: (SimpleNamespace(seen=None), {}))
     path = files / "stopped" / "last.pt"
     fields = load_plain(path, path.read_bytes())
     training, resume = fields["training"], fields["resume"]
@@ -310,9 +313,8 @@ def test_a_stopped_run_of_a_later_version_names_who_resumes_it(
 
     described = {"recipe": training["recipe"], "resume": resume}
     with quick_torch.one_thread():
-        check_refusals(
-            described, read, ignored={"resume.procedure"}
-        )  # arrays of a finished fit
+        # Arrays of a finished fit
+        check_refusals(described, read, ignored={"resume.procedure"})
 
 
 def test_a_run_of_classify_of_an_older_version_is_not_continued(

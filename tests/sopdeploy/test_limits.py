@@ -75,7 +75,8 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
         lambda path: list(read_log(path.parent)),
     ),
 }
-SKIPPING: dict[str, tuple[str, Callable[[Path], object]]] = {  # these take the file as missing
+# These take the file as missing
+SKIPPING: dict[str, tuple[str, Callable[[Path], object]]] = {
     "the record of an engine": ("engine.json", lambda path: read_records(path.parent)),
     "the config of a hub": (
         "config.json",
@@ -221,6 +222,7 @@ def test_every_model_ends_at_the_first_wrong_element_and_limits_lengths() -> Non
         model = waiting.pop()
         models.add(model)
         waiting += model.__subclasses__()
+
     assert len(models) > 50
     for model in models:
         for schema in lists_of(model.__pydantic_core_schema__):
@@ -389,9 +391,8 @@ def with_another_list(raw: bytes) -> bytes:
     entries, position = bytearray(raw[first:end]), 0
 
     for name in names:
-        (begin,) = struct.unpack_from(
-            "<I", entries, position + 42
-        )  # relative to what precedes the archive
+        # Relative to what precedes the archive
+        (begin,) = struct.unpack_from("<I", entries, position + 42)
         struct.pack_into("<I", entries, position + 42, max(0, begin - (end - first)))
         if name.endswith("data/0"):
             struct.pack_into("<I", entries, position + 24, 0)
@@ -420,6 +421,7 @@ def test_what_only_the_reader_of_torch_finds_in_an_archive_is_counted(tmp_path: 
     archives = [file.getvalue().replace(b"data.pkl", b"DATA.PKL")]
     if hasattr(torch._C.PyTorchFileReader, "get_record_size"):  # not in torch 2.11
         archives.append(with_another_list(deflated()))
+
     for raw in archives:
         assert torch.load(io.BytesIO(raw), weights_only=True)  # noqa: TID251
         with pytest.raises(CheckpointError, match="damaged"):

@@ -181,9 +181,8 @@ OTHERS = (
 @pytest.mark.parametrize("name", PROJECTS)
 def test_a_new_project_cannot_have_the_name_of_a_bundle(name: str) -> None:
     assert is_bundle_name(name)
-    assert (
-        project_problem(name) is None
-    )  # so that a checkpoint of an earlier version can be read
+    # So that a checkpoint of an earlier version can be read
+    assert project_problem(name) is None
     with pytest.raises(ConfigError, match="of a bundle"):
         check_project_name(name)
     assert not is_bundle_name(without_bundle_end(name))
@@ -200,6 +199,7 @@ def test_a_link_that_another_program_made_never_leads_to_itself(tmp_path: Path) 
     (tmp_path / "one").mkdir()
     for name, target in {"live": "one", "other": "live", "here": "."}.items():
         (tmp_path / name).symlink_to(target)
+
     for path in ("live", "other", "here/live", "x/../live"):
         move_link(tmp_path / "live", target_of(tmp_path / "live", tmp_path / path))
         assert (tmp_path / "live").readlink() == Path("one")

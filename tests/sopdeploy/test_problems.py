@@ -58,13 +58,14 @@ def test_each_kind_of_validation_error_is_one_line_with_place_and_value(kind) ->
         context["error"] = ValueError("not a name")
     details = InitErrorDetails(type=kind, loc=("a", "b"), input="zzz", ctx=context)  # type: ignore[typeddict-item]
     text = first_problem(pydantic.ValidationError.from_exception_data("M", [details]))
+
     assert text.startswith("a.b: ")
     assert text.endswith(f" (got {shown('zzz')})")
     assert "\n" not in text
 
 
 @pytest.mark.parametrize("text", ["x" * 10**6, "a\nb\x1b[31m"])
-def test_what_others_send_makes_no_message_long_and_cannot_write_to_a_terminal(text) -> None:
+def test_what_others_send_makes_no_message_long(text) -> None:
     values = {"optimizer": {"kind": text}, "names": [text] * 3}
     with pytest.raises(pydantic.ValidationError) as caught:
         Config.model_validate(values)
@@ -118,7 +119,7 @@ class Median(PoolingConfig):
     kind: Literal["median-of-a-plug-in"] = "median-of-a-plug-in"
 
 
-def test_a_pooling_without_kind_or_of_an_unknown_one_names_all_with_plug_ins(
+def test_a_pooling_of_an_unknown_kind_names_all_with_plug_ins(
     monkeypatch,
 ) -> None:
     monkeypatch.setattr(POOLINGS, "registered", {})
@@ -160,7 +161,7 @@ def test_every_way_in_ends_in_one_line(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("written_by", "is_of_another_version"), [(__version__, False), ("0.9", True), (None, True)]
 )
-def test_an_unknown_field_is_a_mistake_only_in_a_file_that_this_version_wrote(
+def test_an_unknown_field_is_a_mistake_only_in_this_version_s_file(
     written_by: str | None, is_of_another_version: bool
 ) -> None:
     class Record(StrictModel):

@@ -58,10 +58,11 @@ def test_folders_that_are_given_relative_to_the_working_folder_have_names(
     found = [
         folder_project(Path(path)) for path in (".", "..", "../train", tmp_path / "current")
     ]
+
     assert found == ["hats", "hats", "hats", "current"]
 
 
-def test_a_file_in_the_home_folder_belongs_to_the_project_of_this_folder(
+def test_a_file_in_the_home_folder_belongs_to_this_project(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "hats"))
@@ -99,8 +100,10 @@ def test_a_name_with_other_characters_is_an_error(name: str) -> None:
 def test_times_are_utc_and_sort_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     before = utc_now()
     assert before <= utc_now() < "3"
+
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767323045")
     assert utc_now() == "2026-01-02T03:04:05.000000Z"
+
     for given in ("", "today", "9" * 20):
         monkeypatch.setenv("SOURCE_DATE_EPOCH", given)
         with pytest.raises(ConfigError, match=f"SOURCE_DATE_EPOCH={given}: "):

@@ -10,9 +10,8 @@ from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig, L
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.layers.residual import BasicBlock, PreActBasicBlock
 
-SLOW = [
-    pytest.param(depth, marks=pytest.mark.nightly) for depth in (34, 101)
-]  # the same blocks, more of them
+# The same blocks, more of them
+SLOW = [pytest.param(depth, marks=pytest.mark.nightly) for depth in (34, 101)]
 
 
 @pytest.mark.parametrize("depth", [18, 50, *SLOW])
@@ -20,7 +19,9 @@ def test_resnet_has_torchvisions_keys_and_gives_its_logits(depth: int) -> None:
     torch.manual_seed(depth)
     theirs = getattr(torchvision.models, f"resnet{depth}")(num_classes=7).eval()
     ours = ResNet(ResNetConfig(depth=depth), 7).eval()
+
     assert list(ours.state_dict()) == list(theirs.state_dict())
+
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -41,14 +42,16 @@ def test_networks_have_timms_keys_and_give_its_logits(
     torch.manual_seed(0)
     theirs = timm.create_model(timms, num_classes=7).eval()
     ours = create_model(name, num_classes=7).eval()
+
     assert list(ours.state_dict()) == list(theirs.state_dict())
+
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, *sides)
     with torch.no_grad():
         assert torch.equal(ours(images), theirs(images))
 
 
-def test_a_last_stride_of_1_gives_four_times_the_positions_with_the_same_weights() -> None:
+def test_a_last_stride_of_1_gives_four_times_the_positions() -> None:
     strided = create_model("efficientnet-lite0", num_classes=7).eval()
     dense = create_model("efficientnet-lite0", num_classes=7, last_stride=1).eval()
     dense.load_state_dict(strided.state_dict())
@@ -56,6 +59,7 @@ def test_a_last_stride_of_1_gives_four_times_the_positions_with_the_same_weights
     with torch.no_grad():
         small, (tapped,) = strided.feature_maps(images, ["blocks.4.2"])
         large, (same,) = dense.feature_maps(images, ["blocks.4.2"])
+
     assert (small.shape[2:], large.shape[2:]) == ((2, 2), (4, 4))
     assert torch.equal(tapped, same)  # the stages before the stride are unchanged
 
@@ -65,12 +69,11 @@ def test_drop_probability_grows_with_depth() -> None:
     drops = [
         getattr(block.drop_path, "drop_prob", 0) for stage in network.blocks for block in stage
     ]
+
     assert drops == pytest.approx([0.01 * depth for depth in range(16)])
 
 
-def test_an_inverted_bottleneck_with_a_stride_has_no_shortcut_though_it_keeps_the_channels() -> (
-    None
-):
+def test_an_inverted_bottleneck_with_a_stride_has_no_shortcut() -> None:
     assert LiteBlock(4, 4, kernel=3, stride=2, expansion=6)(torch.zeros(1, 4, 8, 8)).shape == (
         1,
         4,
@@ -79,7 +82,7 @@ def test_an_inverted_bottleneck_with_a_stride_has_no_shortcut_though_it_keeps_th
     )
 
 
-def test_a_block_with_a_stride_has_a_shortcut_though_it_keeps_the_channels() -> None:
+def test_a_block_with_a_stride_has_a_shortcut_though_channels_stay() -> None:
     images = torch.zeros(1, 4, 8, 8)
     for block in (BasicBlock(4, 4, 2), BasicBlock(4, 4, 2, "pad"), PreActBasicBlock(4, 4, 2)):
         assert block(images).shape == (1, 4, 4, 4)

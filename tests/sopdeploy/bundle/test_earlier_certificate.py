@@ -13,7 +13,8 @@ from sopdeploy.version import __version__
 from tests.support.forged import forge
 from tests.support.service import write_bundle
 
-EARLIER = {  # fields that certificates of commit 67440da2 lack, and that a damaged one may lack
+# Fields that certificates of commit 67440da2 lack, and that a damaged one may lack
+EARLIER = {
     "an earlier version": (
         ("sha256", "contents", "precision"),
         "sha256, contents, precision",
@@ -30,6 +31,7 @@ def test_the_missing_fields_are_named(case: str, tmp_path: Path) -> None:
     earlier = {name: value for name, value in fields.items() if name not in names}
     (bundle / CERTIFICATE).write_bytes(to_json(earlier))
     changed = forge(bundle, bound=False)
+
     with pytest.raises(BundleError, match=message):
         check_certificate(open_bundle(changed))
 
@@ -39,6 +41,7 @@ def test_a_missing_root_is_named(tmp_path: Path) -> None:
     fields = json.loads((bundle / CERTIFICATE).read_bytes())
     fields["roots"].pop("shipped", None)
     (bundle / CERTIFICATE).write_bytes(to_json(fields))
+
     with pytest.raises(
         BundleError,
         match=r"roots\.shipped",
@@ -48,7 +51,7 @@ def test_a_missing_root_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("versions", "advice"),
-    [({"sopdeploy": "9.8"}, "proof: 'four-way' is unknown here; read it with sopdeploy 9.8, which wrote it"),
+    [({"sopdeploy": "9.8"}, "'four-way'.* 9.8"),
      ({"sopdeploy": __version__}, "was changed")],
 )  # fmt: skip
 def test_a_proof_of_a_later_version_names_who_reads_it(
@@ -57,5 +60,6 @@ def test_a_proof_of_a_later_version_names_who_reads_it(
     bundle = write_bundle(tmp_path)
     fields = json.loads((bundle / CERTIFICATE).read_bytes())
     (bundle / CERTIFICATE).write_bytes(to_json({**fields, "proof": "four-way"}))
+
     with pytest.raises(BundleError, match=advice):
         check_certificate(open_bundle(forge(bundle, versions=versions)))

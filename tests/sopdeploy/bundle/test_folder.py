@@ -82,6 +82,7 @@ def test_the_staging_folder_is_hidden_and_never_stays(
         fill(folder)
         if error is not None:
             raise error
+
     assert not (tmp_path / "out").exists()
 
 
@@ -130,10 +131,13 @@ def test_latest_is_a_relative_link_to_the_bundle_that_was_published_last(
 ) -> None:
     first, link = write_hollow(tmp_path / "bundles"), tmp_path / "bundles" / "latest"
     assert (link.readlink(), open_bundle(link).path) == (Path(first.name), first)
+
     second = write_hollow(tmp_path / "bundles", opset=17)
     assert link.readlink() == Path(second.name)
+
     write_hollow(tmp_path / "bundles")  # the bundle exists already
     assert link.readlink() == Path(first.name)
+
     (tmp_path / "bundles").rename(tmp_path / "moved")
     assert open_bundle(tmp_path / "moved" / "latest").name == first.name
 
@@ -160,8 +164,10 @@ def test_an_identical_bundle_that_is_exported_again_gets_the_new_time(tmp_path: 
     path = write_hollow(tmp_path)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     later = "2026-01-03T00:00:00.000000Z"
+
     assert write_hollow(tmp_path, exported_at=later) == path
     assert open_bundle(path).manifest.exported_at == later
+
     after = {file.name: file.read_bytes() for file in path.iterdir()}
     assert [name for name in before | after if before.get(name) != after.get(name)] == [
         MANIFEST
@@ -213,7 +219,7 @@ def test_a_file_of_another_kind_or_size_is_rejected(
 def test_a_path_without_a_bundle_is_rejected(tmp_path: Path, place: str) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "file").write_text("x")
-    with pytest.raises(BundleError, match=r"manifest\.json|no such folder|not a folder"):
+    with pytest.raises(BundleError, match=r"manifest\.json|such folder|a folder"):
         open_bundle(tmp_path / place)
 
 
@@ -226,6 +232,7 @@ def test_only_plain_file_names_are_accepted(bundle: Path, name: str) -> None:
     for path in (bundle.parent / "outside", bundle / "deeper" / "file"):
         path.write_bytes((bundle / "README.md").read_bytes())
     rename_entry(bundle, "README.md", name)
+
     with pytest.raises(BundleError, match="plain file name"):
         open_bundle(bundle)
 
@@ -284,6 +291,7 @@ def test_invalid_labels_are_rejected_even_with_the_right_hash(bundle: Path, case
     body, message = LABEL_FILES[case]
     (bundle / "labels.json").write_bytes(body)
     forge(bundle)
+
     with pytest.raises(BundleError, match=rf"labels\.json: .*{message}"):
         open_bundle(bundle)
 
@@ -346,6 +354,7 @@ def test_the_id_is_first_and_depends_on_the_other_fields() -> None:
 def test_the_time_of_the_export_is_not_part_of_the_id() -> None:
     later = manifest(exported_at="2027-01-02T03:04:05.000000Z")
     assert (later.id, later.to_bytes() == manifest().to_bytes()) == (manifest().id, False)
+
     for time in ("", "2026-01-02", "2026-01-02T03:04:05.000000+01:00", "2026-01-02T03:04:05Z"):
         with pytest.raises(ValueError, match="exported_at"):
             manifest(exported_at=time)
@@ -427,9 +436,7 @@ PROBES = Probes(
 )
 
 
-def test_probes_are_read_as_they_were_written_and_equal_probes_have_equal_bytes(
-    bundle: Path, tmp_path: Path
-) -> None:
+def test_probes_are_read_as_written_and_have_equal_bytes(bundle: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_probes(tmp_path / name, PROBES)
     opened = open_bundle(bundle)
@@ -458,6 +465,7 @@ def test_the_same_network_passes_at_every_batch_size(batch: int) -> None:
     found = replay(
         PROBES, lambda images: sizes.append(len(images)) or network(images), batch=batch
     )
+
     assert found.deviation == {"logits": 0.0, "gate": 0.0}
     assert (found.num_images, found.tolerance) == (5, PROBES.tolerance)
     assert (sum(sizes), max(sizes)) == (5, min(batch, 5))
@@ -467,6 +475,7 @@ def test_probes_of_several_sizes_run_in_turn() -> None:
     sizes: list[int] = []
     probes = {size: PROBES.in_whole_batches(size) for size in (1, 2, 4)}
     found = replay_in_turn(probes, lambda images: sizes.append(len(images)) or network(images))
+
     assert sizes == [1, 2, 4, 1, 2, 4, 1, 2, 1, 1]
     assert [(one.batch, one.num_images) for one in found] == [(1, 5), (2, 6), (4, 8)]
 

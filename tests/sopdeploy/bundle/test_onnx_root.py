@@ -47,6 +47,7 @@ def test_root_does_not_depend_on_how_a_file_stores_numbers(dtype: int) -> None:
     assert raw.HasField("raw_data")
     assert not typed.HasField("raw_data")
     assert root(model_of(typed)) == root(model_of(raw))
+
     other = numpy_helper.from_array(numpy_helper.to_array(typed)[::-1].copy(), "w")
     assert root(model_of(other)) != root(model_of(raw))
 
@@ -61,6 +62,7 @@ def test_names_and_documentation_do_not_count() -> None:
     model.graph.node[0].attribute[0].doc_string = "other"
     model.graph.node[0].output[0] = model.graph.node[1].input[0] = "renamed"
     model.metadata_props.add(key="key", value="value")
+
     assert root(model) == root(plain())
 
 
@@ -148,6 +150,7 @@ def test_model_without_a_root_is_rejected(case: str) -> None:
     change, message = REJECTED[case]
     model = plain()
     change(model)
+
     with pytest.raises(CertificateError, match=message):
         root(model)
 
@@ -209,6 +212,7 @@ def test_the_root_does_not_depend_on_the_file_that_stores_the_weights() -> None:
     whole.graph.initializer[1].name = "v"
     whole.graph.node[1].input.append("v")
     content = model.SerializeToString(deterministic=True)
+
     assert read_model(content, memoryview(weights))[1] == root(whole)
 
 

@@ -50,7 +50,7 @@ def model_signing(*arguments: object) -> str:
 
 
 @pytest.mark.slow
-def test_a_server_takes_what_the_command_of_the_package_signs_and_no_other_key(
+def test_a_server_takes_the_package_s_signature_and_no_other_key(
     key: Path, public: Path, tmp_path: Path
 ) -> None:
     written = write_bundle(tmp_path / "bundles")
@@ -98,6 +98,7 @@ def test_an_export_does_not_invalidate_a_signature(
     assert write_hollow(bundle.parent) == bundle  # the same content and time
     with pytest.raises(BundleError, match=signature_path(bundle).name):
         write_hollow(bundle.parent, exported_at=LATER)
+
     check(bundle, public)
 
 
@@ -143,6 +144,7 @@ def test_an_invalid_signature_is_rejected(
     text = sign(bundle, key).read_text()
     check(bundle, public)
     signature_path(bundle).write_text(CHANGES[change](text), errors="surrogateescape")
+
     with pytest.raises(BundleError):
         check(bundle, public)
 

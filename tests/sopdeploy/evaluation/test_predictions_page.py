@@ -49,6 +49,7 @@ def test_classes_without_a_matrix_have_bars(num_classes: int, bars: int) -> None
         f"class {number:02d} with a long name in the folder" for number in range(num_classes)
     )
     scores = [ImageScore(number, (number,), 0.9, 0.9) for number in range(num_classes)]
+
     assert len(plot_recalls(classification_report(labels, scores))) == bars
 
 
@@ -58,5 +59,6 @@ def test_the_number_of_a_frequent_mistake_leads_to_its_photos() -> None:
     scores = [ImageScore(true, (predicted,), 0.9, 0.05) for true, predicted in pairs]
     links = {(3, 4): "mistake-3-4"}
     table = tabulate_mistakes(classification_report(labels, scores), links)
+
     assert table.rows == [("class 03", "class 04", 3), ("class 07", "class 05", 2)]
     assert table.links == {(0, 1): "mistake-3-4"}

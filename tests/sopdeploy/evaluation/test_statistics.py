@@ -66,7 +66,7 @@ def test_the_ends_of_the_interval_are_just_not_rejected(
 
 @pytest.mark.parametrize("tolerance", [0.01, 0.03])
 @pytest.mark.parametrize("images", [20, 60, 299, 300, 305])
-def test_of_bundles_that_are_worse_by_the_tolerance_at_most_5_percent_pass(
+def test_at_most_5_percent_of_bundles_worse_by_the_tolerance_pass(
     images: int, tolerance: float
 ) -> None:
     """The exact probability for any share of images on which the bundles differ."""
@@ -87,6 +87,7 @@ def test_three_points_better_with_300_images_passes_as_often_as_documented(
     wins = (differing + 0.03) / 2
     found = table_probabilities(300, wins, differing - wins)[promoted(300, 0.01)].sum()
     assert power <= found < power + 0.03
+
     # The most powerful test of this level, which knows the shares, passes hardly more (Neyman
     # and Pearson).
     best = stats.norm.cdf(0.04 / math.sqrt((differing - 0.0009) / 300) - stats.norm.isf(ALPHA))
@@ -116,6 +117,7 @@ def test_a_paired_interval_is_that_of_the_t_test(differences) -> None:
     if np.std(differences) < 1e-9:
         assert found == pytest.approx((np.mean(differences),) * 2, abs=1e-8)
         return
+
     expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
     assert found == pytest.approx((expected.low, expected.high), rel=1e-6, abs=1e-9)
 
@@ -126,5 +128,6 @@ def test_wilson_agrees_with_scipy(successes, failures) -> None:
     if successes + failures == 0:
         assert found == (0.0, 1.0)
         return
+
     expected = stats.binomtest(successes, successes + failures).proportion_ci(method="wilson")
     assert found == pytest.approx((expected.low, expected.high), abs=1e-7)

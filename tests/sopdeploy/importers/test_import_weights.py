@@ -79,6 +79,7 @@ def test_torchvision_weights_give_the_same_logits(
     ours, report = imported(file, "resnet18")
     with torch.no_grad():
         assert_logits(ours, network.double()(images_of(64)), images_of(64))
+
     assert report.looks_like == "ResNet-18 of torchvision"
     assert (report.preprocess.resize, report.preprocess.crop) == (256, 224)
     assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
@@ -109,9 +110,11 @@ def test_a_thousand_classes_get_the_imagenet_names_and_unknown_depths_are_refuse
     torch.save(torchvision_resnet18(1000).state_dict(), tmp_path / "a.pth")
     _, report = imported(tmp_path / "a.pth", "resnet18")
     assert report.labels.startswith("ImageNet")
+
     with torch.device("meta"):
         names = torchvision.models.resnet152().state_dict()
     torch.save({name: torch.zeros(1) for name in names}, tmp_path / "a.pth")
+
     with pytest.raises(WeightsError, match=r"ResNet of \(3, 8, 36, 3\)"):
         imported(tmp_path / "a.pth", "resnet101")
 
@@ -144,13 +147,14 @@ def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) 
 
 
 @pytest.mark.parametrize("model", ["resnet18", "timm:test_vit"])
-def test_a_file_of_another_network_names_the_network_of_timm_that_it_fits(
+def test_a_file_of_another_network_names_the_network_that_it_fits(
     tmp_path: Path, model: str
 ) -> None:
     file = tmp_path / "test_efficientnet-epoch9.pth"
     torch.save(timm.create_model("test_efficientnet", num_classes=3).state_dict(), file)
     with pytest.raises(WeightsError) as error:
         imported(file, model)
+
     fits = "it has the tensors of timm:test_efficientnet, so name that network"
     assert str(error.value) == f"{file}: does not fit {model}; {fits}"
 
@@ -164,6 +168,7 @@ def test_cifar_weights_give_the_same_logits(tmp_path: Path, released: str, model
         {"state_dict": prefixed(state_of(released)), "best_prec1": 91.7}, tmp_path / "a.th"
     )
     ours, report = imported(tmp_path / "a.th", model)
+
     assert_released_logits(ours, released)
     assert (report.preprocess.resize, report.preprocess.crop) == (32, 32)
     assert report.labels == "the classes of pytorch_resnet_cifar10"
@@ -212,6 +217,7 @@ def test_a_tensor_that_does_not_fit_is_named(
     torch.save(
         {name: value for name, value in state.items() if value is not None}, tmp_path / "a.th"
     )
+
     with pytest.raises(WeightsError, match=message):
         imported(tmp_path / "a.th", "resnet8")
 
@@ -231,6 +237,7 @@ def test_an_invalid_option_or_file_of_labels_is_refused(
     for name in options.keys() & {"n.txt", "n.json"}:
         narrow.with_name(name).write_text(options[name])
         options = {"labels": narrow.with_name(name)}
+
     with pytest.raises(ConfigError, match=message):
         imported(narrow, "resnet8", **options)
 
@@ -287,10 +294,12 @@ def test_every_tensor_of_torchvision_has_a_place(tmp_path: Path, name: str, mode
     converted = convert_weights(vgg_file(tmp_path, name), model)
     with torch.device("meta"):
         expected = create_model(model, num_classes=5).state_dict()
+
     assert (converted.project, converted.model, converted.num_classes) == (
         "torchvision",
         model,
         5,
     )
+
     found = {name: tensor.shape for name, tensor in converted.tensors.items()}
     assert found == {name: tensor.shape for name, tensor in expected.items()}

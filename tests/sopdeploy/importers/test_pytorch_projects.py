@@ -29,6 +29,7 @@ def test_a_published_resnet50_gives_the_same_logits(tmp_path: Path) -> None:
     state = state_of("mpncov-resnet50")
     torch.save(state, tmp_path / "mpncovresnet50.pth")
     ours, report = imported(tmp_path / "mpncovresnet50.pth", "isqrt-resnet50")
+
     assert_released_logits(ours, "mpncov-resnet50")
     assert (report.config["conv5_stride"], report.config["base_width"]) == (1, 16)
     assert {"width": 16, "iterations": 5}.items() <= report.config["pooling"].items()
@@ -99,6 +100,7 @@ def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
     }
     torch.save(old, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     ours, report = imported(tmp_path / "a.pth", "isqrt-resnet50", settings=DEPTH)
+
     assert_released_logits(ours, "mpncov-resnet18")
     assert report.num_tensors == len(old) + 15
 
@@ -135,7 +137,7 @@ def test_vgg_weights_give_the_same_logits(
         (
             "mpncov-resnet50",
             {},
-            r"\(pooling.kind is mpncov, not isqrt\).*--as isqrt-resnet50 --option depth=18",
+            "--as isqrt-resnet50 --option depth=18",
         ),
         ("isqrt-resnet50", {"fc.weight": torch.zeros(5, 8192)}, "to the 8192 inputs"),
     ],
@@ -196,13 +198,14 @@ def test_gsop_can_be_read_by_rows_and_an_average_has_no_triangle(tmp_path: Path)
     file = gsop(tmp_path / "a.pth.tar", "gsop-net2 channel")
     as_stored, _ = imported(file, "gsop-net2-resnet26", triangle="rows")
     assert torch.equal(as_stored.fc.weight, state_of("gsop-net2 channel")["fc.weight"])
+
     torch.save(state_of("resnet18 numbered"), tmp_path / "b.pth")
     with pytest.raises(ConfigError, match=r"triangle='rows': ResNet-18"):
         imported(tmp_path / "b.pth", "resnet18", settings={"conv5_stride": 2}, triangle="rows")
 
 
 @pytest.mark.usefixtures("short")
-def test_a_published_file_that_is_known_to_be_broken_is_refused_with_the_reason(
+def test_a_published_file_that_is_known_to_be_broken_is_refused(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     file = tmp_path / "renamed.pth"
@@ -211,7 +214,7 @@ def test_a_published_file_that_is_known_to_be_broken_is_refused_with_the_reason(
     problem = import_weights.BROKEN["15991845"]
     monkeypatch.setattr(import_weights, "BROKEN", {sha256(file)[:8]: problem})
 
-    with pytest.raises(WeightsError, match=r"renamed.pth: .* --set triangle=columns"):
+    with pytest.raises(WeightsError, match=r"renamed\.pth: .*triangle=columns"):
         imported(file, "isqrt-resnet50")
 
     assert [path.name for path in tmp_path.iterdir()] == ["renamed.pth"]
@@ -237,7 +240,9 @@ def test_gsop_net1_gives_the_same_logits_with_each_block(
         with pytest.raises(ConfigError, match=r"--option attention="):
             imported(file, "gsop-net1-resnet26")
     ours, report = imported(file, "gsop-net1-resnet26", settings=settings)
+
     assert_released_logits(ours, f"gsop-net1 {attention}")
+
     expected = {"attention": attention, "cov_width": 32, "block_place": "inside"}
     assert expected.items() <= report.config.items()
 

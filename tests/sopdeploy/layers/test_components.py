@@ -53,6 +53,7 @@ def test_routed_and_dense_evaluation_are_equal(
         out.square().sum().backward()
         outputs.append(out)
         gradients.append([x.grad, *(weight.grad for weight in bank.weights)])
+
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-12)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-10)
 
@@ -71,6 +72,7 @@ def test_the_gathered_form_of_k_of_n_components_equals_the_dense_one(
     logits[3] = -logits[0]  # this image is routed elsewhere
     logits[4] *= 1e4  # the softmax of chosen components is 0
     omega = softmax_of_largest(logits, chosen)
+
     for images in (1, 6):
         x = maps(images)
         assert bank.gathering_is_faster(x)
@@ -86,6 +88,7 @@ def test_averages_all_components_and_maps_of_one_position_are_not_gathered() -> 
     assert [bank.gathering_is_faster(x) for bank in (every, components("linear", (5,)))] == [
         False
     ] * 2
+
     chosen = components("gap", (7,))
     assert [chosen.gathering_is_faster(features) for features in (x, x[:, :, :1, :1])] == [
         True,
@@ -104,11 +107,11 @@ def test_rank_is_that_of_a_stable_sort() -> None:
 
 
 def test_kept_weights_are_the_softmax_over_the_kept_alone() -> None:
-    weights = softmax_of_largest(
-        torch.tensor([[-1.0, 0.0, 2.0, -5.0]], dtype=F64), 2
-    )  # 0 counts
+    # 0 counts
+    weights = softmax_of_largest(torch.tensor([[-1.0, 0.0, 2.0, -5.0]], dtype=F64), 2)
     expected = torch.tensor([[-1.0, 0.0, 2.0, -5.0]], dtype=F64).exp()
     expected = expected * torch.tensor([0, 1, 1, 0]) / (expected[0, 1] + expected[0, 2])
+
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-15)
     assert weights[0, 0] == 0
     assert weights[0, 3] == 0
@@ -120,6 +123,7 @@ def test_noise_draws_one_gamma_per_image_or_per_component(per: str, draws: int) 
     noise = GateNoise(6, 4, per)  # type: ignore[arg-type]
     feature = torch.rand(3, 6)
     gammas = noise(feature) / torch.nn.functional.softplus(feature @ noise.weight.T)
+
     assert [len({round(value, 4) for value in row}) for row in gammas.tolist()] == [draws] * 3
 
 
@@ -131,6 +135,7 @@ def test_autocast_does_not_change_the_selection() -> None:
     expected = gate(maps)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         weights = gate(maps)
+
     assert weights.dtype == torch.float32
     assert torch.equal(weights, expected)
 

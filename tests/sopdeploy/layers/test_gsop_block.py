@@ -29,6 +29,7 @@ def test_concatenation_is_one_convolution_of_the_concatenated_tensors(channels: 
     bias = fusion.conv_channel.bias + fusion.conv_position.bias
     padding = fusion.conv_channel.padding
     summed = F.conv2d(interleaved.flatten(1, 3), weight, bias, padding=padding, groups=groups)
+
     torch.testing.assert_close(fusion(one, two), fusion.bn(summed), rtol=1e-9, atol=1e-9)
 
 
@@ -45,6 +46,7 @@ def test_covariance_is_taken_in_float32_under_autocast(attention: str) -> None:
     features = torch.randn(2, 64, 8, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = block(features)
+
     assert types == [torch.bfloat16, torch.float32]
     torch.testing.assert_close(under_autocast.float(), block(features), rtol=0.05, atol=0.05)
 
@@ -60,6 +62,7 @@ def test_product_and_gradients_equal_the_grouped_convolution(rows: int, batch: i
     ours, theirs = (
         torch.autograd.grad(out.square().sum(), inputs) for out in (conv(cov_Bnn1), grouped)
     )
+
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     assert found.shape == (batch, 4 * rows, 1, 1)
     torch.testing.assert_close(found, grouped, rtol=1e-12, atol=1e-12)

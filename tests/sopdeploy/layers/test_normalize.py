@@ -49,8 +49,10 @@ def test_a_network_without_a_layout_is_refused_with_the_size() -> None:
 def test_the_layout_is_that_of_the_record_or_else_of_the_weights() -> None:
     network = nn.Sequential(Views(0, 1, 2, 3))
     assert images_format(network) == torch.contiguous_format
+
     network.to(memory_format=torch.channels_last)
     assert images_format(network) == torch.channels_last
+
     vars(network[0])[IMAGES_FORMAT] = torch.contiguous_format
     assert images_format(network) == torch.contiguous_format
 

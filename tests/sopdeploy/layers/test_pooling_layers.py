@@ -35,6 +35,7 @@ def test_gradients_are_those_of_finite_differences(choice) -> None:
         features = torch.rand_like(features)
     features.requires_grad_()
     pooling = build(choice, 4).double().eval()
+
     assert torch.autograd.gradcheck(pooling, (features,), fast_mode=True, nondet_tol=1e-10)
 
 
@@ -105,7 +106,9 @@ def test_the_iteration_is_unrolled_into_the_products_it_takes(
     pooling = build({"kind": "isqrt"}, 8)
     export(pooling, side, tmp_path / "isqrt.onnx")
     operators = [node.op_type for node in onnx.load(tmp_path / "isqrt.onnx").graph.node]
+
     assert operators.count("MatMul") == 3 * 5 - 3 + around
+
     features = torch.randn(3, 8, side, side).relu()
     torch.testing.assert_close(
         run(tmp_path / "isqrt.onnx", features)[0], pooling(features), rtol=1e-4, atol=1e-6

@@ -17,9 +17,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import PUBLISHED_ROWS, Published, PublishedRow, tally
 from sopdeploy.models.gsop import RELEASED
 
-NO_NORM = {
-    "channel_norm": False
-}  # the released code has no batch norm after the row-wise convolution
+# The released code has no batch norm after the row-wise convolution
+NO_NORM = {"channel_norm": False}
 S1: dict[str, Any] = {"conv5_stride": 1}
 TABLE = {"aux_stride": "table"}
 RELEASED_GATE: dict[str, Any] = {"gate_widths": (256, 128), "gate_norm": True}  # but for WRN
@@ -115,6 +114,7 @@ def test_macs_are_those_that_torch_counts_for_convolutions_and_linear_layers(
     aten = torch.ops.aten
     counted = {str(key): value for key, value in flops.get_flop_counts()["Global"].items()}
     of_layers = sum(counted.get(str(key), 0) for key in (aten.convolution, aten.addmm, aten.mm))
+
     assert tally(network, side).total().macs == of_layers // 2
 
 
@@ -172,6 +172,7 @@ def test_macs_count_k_of_n_components(components: int, chosen: int) -> None:
         "gmgap-16-8-resnet18", components=components, chosen=chosen, **RELEASED_GATE
     )
     one = 128 * 512 * 8 * 8
+
     assert counted.shipped.macs == 178_442_240 + (chosen - 8) * one
 
 
@@ -195,7 +196,7 @@ def published(name: str, classes: int, config: str) -> tuple[Published, ...]:
 
 
 @pytest.mark.parametrize("row", PUBLISHED_ROWS, ids=row_id)
-def test_published_figures_are_reached_to_the_last_digit_or_marked_with_the_reason(
+def test_published_figures_are_reached_or_marked_with_the_reason(
     row: PublishedRow,
 ) -> None:
     described = published(row.model, row.num_classes, json.dumps(dict(row.config)))
@@ -203,6 +204,7 @@ def test_published_figures_are_reached_to_the_last_digit_or_marked_with_the_reas
     found = [
         figure for figure in described if (figure.source, figure.note) == (row.source, note)
     ]
+
     assert found
     for figure in found:
         assert meets(figure, row.cut) == row.reached, figure
@@ -226,9 +228,7 @@ def test_an_image_that_a_network_cannot_compute_is_a_config_error(name: str, sid
         describe(name, image_size=side)
 
 
-def test_a_mixture_counts_in_training_what_it_computes_per_image_with_and_without_values() -> (
-    None
-):
+def test_a_mixture_counts_what_it_computes_per_image_in_training() -> None:
     config = {"components": 4, "chosen": 2, "component_widths": (6,), "gate_widths": ()}
     network = create_model("gmsop-16-8-resnet18", num_classes=3, **config)
     with torch.device("meta"):

@@ -58,7 +58,7 @@ GIVEN: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("case", GIVEN)
-def test_an_error_about_the_name_of_a_family_names_its_members_and_the_page(case: str) -> None:
+def test_an_error_about_a_family_names_its_members_and_the_page(case: str) -> None:
     names = list_recipes() if case == "recipe" else list_models()
     members = ", ".join(names_of_family("gsop", names))
 
@@ -66,9 +66,8 @@ def test_an_error_about_the_name_of_a_family_names_its_members_and_the_page(case
         GIVEN[case]()
 
     other = "models" if case == "recipe" else "recipes"
-    assert f"of GSoP are {members}; see also `sopdeploy {other} gsop` and {PAGE}" in str(
-        caught.value
-    )
+    for text in (members, f"`sopdeploy {other} gsop`", PAGE):
+        assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("command", ["models", "recipes"])
@@ -88,10 +87,11 @@ def test_recipes_prints_the_file_of_a_recipe_as_it_is() -> None:
     assert result.output == recipe_text("digits-dsop")
 
 
-def test_neither_a_family_nor_a_recipe_is_an_error_that_says_what_lists_them() -> None:
+def test_an_unknown_recipe_is_an_error_that_says_what_lists_them() -> None:
     result = CliRunner().invoke(app, ["recipes", "zebra"])
     assert result.exit_code == 2
-    assert "'zebra': no such recipe; `sopdeploy recipes` lists them" in result.output
+    assert "'zebra'" in result.output
+    assert "`sopdeploy recipes`" in result.output
 
 
 def test_a_text_selects_each_table_of_a_recipe_that_has_kinds() -> None:

@@ -33,8 +33,10 @@ def test_alexnet_has_the_maps_of_its_paper_and_normalizes_across_channels() -> N
     network = create_model("alexnet", num_classes=2, pooling="gap", classifier="linear").eval()
     with torch.no_grad():
         last, taps = network.feature_maps(torch.randn(1, 3, 224, 224), network.tap_channels)
+
     assert [tap.shape[2] for tap in taps] == [55, 27, 13, 13, 13]
     assert last.shape == (1, 256, 13, 13)
+
     norms = [layer for layer in network.layers if isinstance(layer, torch.nn.LocalResponseNorm)]
     rules = [(layer.size, layer.alpha / layer.size, layer.beta, layer.k) for layer in norms]
     assert rules == [(5, 1e-4, 0.75, 2.0)] * 2  # section 3.3
@@ -91,6 +93,7 @@ def test_convolutions_start_with_kaimings_deviation() -> None:
     conv = network.get_submodule(
         "layer2." + places(network)[1].split(".")[1]
     ).attention.channel.reduction[0]
+
     assert conv.weight.std().item() == pytest.approx((2 / conv.out_channels) ** 0.5, rel=0.1)
     assert conv.bias.abs().max() == 0
 
@@ -103,7 +106,7 @@ def test_chosen_of_one_can_be_exported_but_not_trained() -> None:
     assert network.eval()(images).shape == (4, 5)
 
 
-def test_the_gate_has_the_architecture_of_a_component_or_that_of_the_released_code() -> None:
+def test_the_gate_has_the_architecture_of_a_component() -> None:
     """Section 2.3; the code has batch norm and other widths."""
 
     def layers(**config: object) -> list[list[type]]:
@@ -124,6 +127,7 @@ def test_a_network_for_64_pixels_classifies_the_vector_of_any_pooling() -> None:
     images = torch.randn(2, 3, 16, 16)
     features, _ = network.feature_maps(images)
     expected = network.head.fc(network.pooling(features))
+
     assert torch.equal(network(images), expected)
     assert network.num_features() == 10
     assert "mixture" not in dict(network.named_children())
@@ -140,6 +144,7 @@ def test_netvlad_assigns_positions_by_their_distances_to_the_words_at_first() ->
     maps = torch.randn(2, 128, 2, 5)
     distances = (maps[:, None] - pooling.centres[None, :, :, None, None]).square().sum(dim=2)
     found = pooling.assignment(maps).softmax(dim=1)
+
     torch.testing.assert_close(found, (-0.5 * distances).softmax(dim=1), rtol=0, atol=1e-5)
 
 
@@ -157,7 +162,9 @@ def test_the_branch_at_the_end_of_efficientnet_trains_the_whole_backbone(monkeyp
     few_blocks(monkeypatch)
     network = create_model("dsop-efficientnet-b0", num_classes=3, iterations=2)
     network(torch.randn(2, 3, 64, 64)).branches["conv_head"].sum().backward()
+
     assert network.conv_head.weight.grad.abs().sum() > 0
+
     branch = network.branches["conv_head"]
     own = 1280 * 64 + 2 * 64 + 2080 * 3 + 3  # DR, its batch norm, the classifier
     assert sum(parameter.numel() for parameter in branch.parameters()) == own
@@ -171,6 +178,7 @@ def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
         "aux_pooling": "gap",
     }
     network = create_model("dsop-resnet18", num_classes=3, **config)
+
     assert list(network.branches) == FOUR
     assert [len(branch.blocks) for branch in network.branches.values()] == [1, 1, 1, 2]
     assert list(network(torch.randn(2, 3, 32, 32)).branches) == ["layer4_1"]

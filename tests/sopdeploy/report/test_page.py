@@ -48,6 +48,7 @@ def test_the_page_is_well_formed_and_self_contained(page: str) -> None:
         for name, found in reader.met
         if name == "a"
     )
+
     images = [found for name, found in reader.met if name == "img"]
     assert all(
         re.match("data:image/(jpeg|svg.xml);base64,", image["src"] or "") for image in images
@@ -67,12 +68,14 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(
     (shown,) = (text for text in texts if text.startswith("Top-1 "))
     numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", shown)]
     expected = [100 * top1["share"], 95, 100 * top1["low"], 100 * top1["high"]]
+
     assert numbers[1:5] == pytest.approx(expected, abs=0.5)
     assert numbers[1] == round(expected[0], 1)
     assert numbers[5] == top1["count"]
     assert {"optimizer.lr", "0.1", "network.base_width", "torch version", "processor"} <= set(
         texts
     )
+
     curves = charts(page)["top-1 on validation images."]
     assert all(
         f">{head}<" in curves
@@ -82,14 +85,17 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(
         "half an epoch"
     )
     assert '<td class="number zero"><bdi>0</bdi></td>' in page
+
     photographs = [
         found for name, found in Reader(page).met if "predicted as" in (found.get("alt") or "")
     ]
     assert 0 < len(photographs) <= 60
+
     image = Image.open(
         io.BytesIO(base64.b64decode((photographs[0]["src"] or "").partition(",")[2]))
     )
     assert (image.format, max(image.size) <= 128) == ("JPEG", True)
+
     pairs = [
         tuple(re.findall(r"(?:^|predicted as )(\w+) \(", found["alt"] or ""))
         for found in photographs
@@ -97,14 +103,15 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(
     confidences = [
         float(re.findall(r"\(([\d.]+)", found["alt"] or "")[1]) for found in photographs
     ]
-    best = [
-        confidences[pairs.index(pair)] for pair in dict.fromkeys(pairs)
-    ]  # each pair is together
+    # Each pair is together
+    best = [confidences[pairs.index(pair)] for pair in dict.fromkeys(pairs)]
+
     assert best == sorted(best, reverse=True)
     assert all(
         confidence <= confidences[pairs.index(pair)]
         for pair, confidence in zip(pairs, confidences, strict=True)
     )
+
     links = re.findall('<a href="#(mistake-[0-9]+-[0-9]+)">[0-9]+</a>', page)
     anchors = re.findall('<figure id="(mistake-[0-9]+-[0-9]+)">', page)
     assert len(anchors) == len(dict.fromkeys(pairs)) == len(set(links)) > 1
@@ -138,13 +145,16 @@ def test_hostile_class_names_are_escaped_and_mistakes_name_their_files(tmp_path:
     settings += ["model.name=dsop-resnet8", "model.config.base_width=2"]
     page = page_of(read_recipe("photos-dsop", settings), tmp_path / "run")
     Reader(page)
+
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
+
     found = score_checkpoint(tmp_path / "run" / "best.pt", data)
     wrong = [score for score in found.predictions if not score.correct]
     assert (
         len(re.findall(r": <bdi>[^<]+/[0-3]\.png</bdi></figcaption>", page)) == len(wrong) > 0
     )
+
     photographs = re.findall(r"image/jpeg;base64,([^\"]+)", page)
     assert not any(b"SECRET" in base64.b64decode(photograph) for photograph in photographs)
 
@@ -156,6 +166,7 @@ def test_charts_show_every_text_as_it_is(text: str) -> None:
     image = plot({text: [(0, 1), (1, 3)]}, text, "y")
     drawn = base64.b64decode(image.partition(",")[2]).decode("utf-8")
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
     assert Reader(drawn).text_in("text").count(shown) == 2
     assert image == plot({text: [(0, 1), (1, 3)]}, text, "y")
 
@@ -164,29 +175,27 @@ def test_charts_show_every_text_as_it_is(text: str) -> None:
     ("selected_by", "is_too_high"),
     [("nothing", False), ("other images", True), ("same images", True)],
 )
-def test_the_page_calls_scores_too_high_only_if_their_images_selected_the_epoch(
-    selected_by, is_too_high
-):
+def test_the_page_calls_scores_too_high_if_images_selected_the_epoch(selected_by, is_too_high):
     result = LoopResult(
         epoch=1, num_epochs=1, top1=Rate.of(7, 9), count=9, selected_by=selected_by
     )
     assert ("too high" in describe_for_page(result).held_out) == is_too_high
 
 
-def test_the_page_begins_with_the_accuracy_the_classes_and_the_next_command_and_colors_confusions(
-    run: Path, page: str
-) -> None:
+def test_the_page_begins_with_the_accuracy_and_the_next_command(run: Path, page: str) -> None:
     header = page[page.index("<header>") : page.index("</header>")]
     sentences = re.findall("<p>(.*)</p>", header.partition("<details")[0])
     assert re.fullmatch(r"Top-1 [\d.]+ % \(95 % interval \d+ to \d+ %\) of .*\.", sentences[0])
     assert page.count(sentences[0][5:30]) == 2  # also in the folded section about learning
     assert sentences[-1] == f"Next: <code>sopdeploy export {run / 'best.pt'} --detach</code>"
+
     matrix = page[page.index("Confusion matrix") :].partition("</table>")[0]
     cells = re.findall("<tr>(<th scope=.row.>.*)</tr>", matrix)
     kinds = np.array(
         [re.findall('<td class="number (right|wrong|zero)"', row) for row in cells]
     )
     diagonal = np.eye(10, dtype=bool)
+
     assert set(kinds[diagonal]) == {"right", "zero"}
     assert set(kinds[~diagonal]) == {"wrong", "zero"}
 
@@ -198,6 +207,8 @@ def test_of_many_classes_the_most_frequent_mistakes_are_shown_in_their_order() -
         for index, (true, predicted) in enumerate(pairs)
     ]
     everything = {(1, 2): [0], (3, 4): [1, 2], (5, 6): [3]}
+
     assert _choose_mistakes(scores, []) == everything
+
     chosen = _choose_mistakes(scores, [(3, 4), (1, 2)])
     assert list(chosen.items()) == [((3, 4), [1, 2]), ((1, 2), [0])]

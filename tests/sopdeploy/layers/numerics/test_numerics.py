@@ -44,6 +44,7 @@ def test_gram_form_is_as_accurate_as_the_covariance_form(channels, side, prenorm
     rule = NewtonSchulzConfig(prenorm=prenorm)
     features = relu_features(2, channels, side)
     assert prenormalize(features, rule).use_gram
+
     exact = textbook_root(features, rule)
     by_channels = relative_error(textbook_root(features.float(), rule), exact)
     assert relative_error(covariance_root(features.float(), rule), exact) < 1.5 * by_channels
@@ -76,6 +77,7 @@ def test_forward_and_backward_stay_finite_and_near_float64(side, iterations, pre
     rough = exact.detach().float().requires_grad_()
     for features in (exact, rough):
         layer(features).square().sum().backward()
+
     assert relative_error(layer(rough), layer(exact)) < 1e-4
     assert relative_error(rough.grad, exact.grad) < 1e-3
 
@@ -107,6 +109,7 @@ def test_handwritten_gradient_equals_autograd(
     grad = torch.randn(3, len(triangle), dtype=torch.float64)
     expected = gradient(isqrt_vector, features, triangle, rule, grad)
     found = gradient(ISqrtVector.apply, features, triangle, rule, grad)
+
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -118,6 +121,7 @@ def test_first_and_second_gradients_are_those_of_finite_differences(
     torch.manual_seed(2)
     layer = ISqrtCov(channels, NewtonSchulzConfig(prenorm=prenorm))
     features = torch.randn(1, channels, side, side, dtype=torch.float64, requires_grad=True)
+
     assert torch.autograd.gradcheck(layer, (features,), fast_mode=True)
     assert torch.autograd.gradgradcheck(layer, (features,), fast_mode=True)
 
@@ -136,7 +140,9 @@ def test_gradient_of_a_half_precision_map_has_its_type(dtype: torch.dtype) -> No
     layer = ISqrtCov(6)
     features = torch.randn(2, 6, 4, 4).to(dtype).requires_grad_()
     layer(features).sum().backward()
+
     assert features.grad.dtype == dtype
+
     wide = features.detach().float().requires_grad_()
     layer(wide).sum().backward()
     assert torch.equal(features.grad, wide.grad.to(dtype))
@@ -154,6 +160,7 @@ def test_dead_channels_give_finite_gradients(config, dtype: torch.dtype) -> None
     features.requires_grad_()
     vector = config.build(16)(features)
     vector.square().sum().backward()
+
     assert torch.isfinite(vector).all()
     assert torch.isfinite(features.grad).all()
 
@@ -167,6 +174,7 @@ def test_equal_eigenvalues_use_the_derivative(function) -> None:
     value = spectral(a, function)
     (found,) = torch.autograd.grad(value, a, direction)
     slope = function(torch.full((1, 3), 2.0, dtype=torch.float64))[1][0, 0]
+
     torch.testing.assert_close(found, slope * direction)
 
 
@@ -187,6 +195,7 @@ def test_half_precision_maps_equal_float32_maps(choice, dtype) -> None:
     pooling = build(choice, 8).eval()
     features = torch.randn(2, 8, 4, 4).relu().to(dtype)
     found = pooling(features).float()
+
     torch.testing.assert_close(found, pooling(features.float()), rtol=1e-2, atol=1e-3)
 
 
@@ -198,6 +207,7 @@ def test_autocast_changes_nothing_but_convolutions(choice) -> None:
     expected = pooling(features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = pooling(features)
+
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
@@ -210,6 +220,7 @@ def test_large_half_precision_features_do_not_overflow(dtype, side: int) -> None
     features = (500.0 * torch.randn(1, 32, side, side).relu()).to(dtype).requires_grad_()
     vector = pooling(features)
     vector.sum().backward()
+
     assert torch.isfinite(vector).all()
     assert torch.isfinite(features.grad).all()
     torch.testing.assert_close(vector, pooling(features.float()))
@@ -222,6 +233,7 @@ def test_constant_maps_are_finite_forward_and_backward(choice, level: float) -> 
     features = torch.full((2, 8, 3, 3), level, requires_grad=True)
     vector = pooling(features)
     vector.sum().backward()
+
     assert torch.isfinite(vector).all()
     assert torch.isfinite(features.grad).all()
 
@@ -233,4 +245,5 @@ def test_a_zero_image_does_not_change_other_images(choice) -> None:
     features = torch.rand(3, 8, 4, 4)
     alone = pooling(features[[0, 2]])
     features[1] = 0
+
     torch.testing.assert_close(pooling(features)[[0, 2]], alone, rtol=1e-4, atol=1e-6)
