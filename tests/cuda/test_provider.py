@@ -21,6 +21,7 @@ def test_an_operator_without_a_cuda_kernel_is_named() -> None:
     model.graph.output.append(
         helper.make_tensor_value_info("determinant", TensorProto.FLOAT, ["batch"])
     )
+
     assert opened(model) == "Det, 1 MemcpyToHost"
 
 

@@ -34,6 +34,7 @@ def test_a_training_step_stays_on_the_gpu_in_every_precision(
 ) -> None:
     compiler, library = shutil.which("gcc"), tmp_path / "device.so"
     assert compiler
+
     headers = FOLDER / "headers" / "nvidia" / "cu13" / "include"
     # torch finds it as the library of the driver.
     command = [compiler, "-shared", "-fPIC", "-w", f"-I{headers}", "-Wl,-soname,libcuda.so.1"]
@@ -46,9 +47,12 @@ def test_a_training_step_stays_on_the_gpu_in_every_precision(
         text=True,
         check=False,
     )
+
     assert found.returncode == 0, found.stderr
+
     steps = [json.loads(line) for line in found.stdout.splitlines()]
     expected = [
         [name, precision, ["cuda:0"]] for name in names for precision in ("fp32", "bf16")
     ]
+
     assert sorted(steps) == sorted(expected)

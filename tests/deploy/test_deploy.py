@@ -185,6 +185,7 @@ def pod_of_chart(case: str) -> dict[str, Any]:
 def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
     kinds = [document["kind"] for document in CLUSTER[name]]
     assert {"Deployment", "Service", "PodDisruptionBudget"} <= set(kinds)
+
     without_autoscaler = {
         f"the chart {case}" for case, given in VALUES.items() if "autoscaling" not in given
     }
@@ -192,6 +193,7 @@ def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
 
     assert (autoscaler in kinds) == (name not in without_autoscaler)
     assert not {"ScaledObject", "HorizontalPodAutoscaler"} <= set(kinds)
+
     for document in CLUSTER[name]:
         if document["kind"] == "ScaledObject":
             jsonschema.validate(document, SCALED_OBJECT)
@@ -243,9 +245,8 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     labels = pod["metadata"]["labels"]
 
     assert {"app.kubernetes.io/name", "app.kubernetes.io/instance"} <= labels.keys()
-    for (
-        selected
-    ) in (  # by both labels: a chart around this one has other pods of the same instance
+    # By both labels: a chart around this one has other pods of the same instance
+    for selected in (
         policy["podSelector"]["matchLabels"],
         spread["labelSelector"]["matchLabels"],
         found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
@@ -497,7 +498,7 @@ def alert_rules(values: dict[str, Any], name: str) -> dict[str, Any]:
     return yaml.safe_load(found)["spec"]
 
 
-def test_every_selector_of_the_chart_s_alert_rules_is_one_of_its_release() -> None:
+def test_every_selector_of_the_alert_rules_is_of_its_release() -> None:
     def selectors(rules: dict[str, Any]) -> list[str]:
         return [
             one
@@ -516,7 +517,7 @@ def test_every_selector_of_the_chart_s_alert_rules_is_one_of_its_release() -> No
 SELECTOR = r"\b(?:sopdeploy[_:]|process_|up\b)\w*(?:\{.*?\})?"
 
 
-def test_a_release_that_may_have_no_pods_is_not_reported_as_down_without_them() -> None:
+def test_a_release_that_may_have_no_pods_is_not_reported_as_down() -> None:
     keda = KEDA | {"requestsQuery": "sum(proxy)"}
     scaled = {"autoscaling": AUTOSCALING | {"minReplicas": 0, "keda": keda}}
     for values, reports in (({}, True), (scaled, False)):
@@ -536,6 +537,7 @@ def test_prometheus_of_compose_loads_the_alert_rules(
     for source, target, *_ in (mount.split(":") for mount in mounts if mount.startswith("./")):
         shutil.copy(ROOT / source, tmp_path / Path(target).name)
         assert Path(target).parent == Path("/etc/prometheus")
+
     promtool("check", "config", tmp_path / "prometheus.yml")
     config = yaml.safe_load((tmp_path / "prometheus.yml").read_text())
     assert [(tmp_path / name).is_file() for name in config["rule_files"]] == [True]
@@ -607,7 +609,7 @@ def test_servers_have_probes_on_one_of_their_ports(
 
 
 @pytest.mark.parametrize("name", PODS)
-def test_pods_run_as_non_root_without_service_links_and_roll_out_and_stop_cleanly(
+def test_pods_run_as_non_root_roll_out_and_stop_cleanly(
     name: str,
 ) -> None:
     pod, surge = PODS[name], "10%" if name == "the chart with everything" else 1
@@ -630,7 +632,7 @@ def test_pods_run_as_non_root_without_service_links_and_roll_out_and_stop_cleanl
     assert pod["terminationGracePeriodSeconds"] >= lame_duck + load_settings().drain_seconds + 5
 
 
-def test_pods_with_a_gpu_have_its_runtime_class_and_processes_for_their_own_cores() -> None:
+def test_pods_with_a_gpu_have_its_runtime_class_and_processes() -> None:
     pod = pod_of_chart("on GPUs")
     (server,) = pod["containers"]
     assert (pod["runtimeClassName"], server["resources"]["limits"]["nvidia.com/gpu"]) == (
@@ -684,6 +686,7 @@ def test_compose_mounts_existing_files() -> None:
     mounts = [
         volume.split(":")[0] for service in services.values() for volume in service["volumes"]
     ]
+
     assert [
         mount for mount in mounts if mount.startswith("./") and not (ROOT / mount).is_file()
     ] == []
@@ -702,7 +705,9 @@ def test_lock_files_pin_all_server_packages_by_hash_without_an_index(name: str) 
     text = (DEPLOY / "lock" / f"{name}.txt").read_text(encoding="utf-8")
     pinned = re.findall(r"^([\w.-]+)==\S+", text, re.MULTILINE)
     extras = [r for extra in LOCKS[name] for r in PROJECT["optional-dependencies"][extra]]
+
     assert {package_name(r) for r in [*PROJECT["dependencies"], *extras]} <= set(pinned)
+
     entries = re.split(r"\n(?=\S)", text.strip())
     assert [entry for entry in entries if "--hash=sha256:" not in entry] == []
     assert "://" not in text
@@ -765,6 +770,7 @@ def test_the_memory_limits_suffice_for_photographs_of_64_megapixels(
     )
     budget = decoders.decode_budget(Settings(), LIMITED[name] * 10**6)
     measured = 290 * 10**6
+
     assert decoders.plan_children(budget, 2, Settings().max_pixels).large_memory >= measured
 
 

@@ -97,15 +97,18 @@ def test_a_lock_names_no_host(path: Path) -> None:
     assert not re.search(r"://|@ |--(?:extra-)?index", path.read_text(encoding="utf-8"))
 
 
-def test_the_lock_of_the_javascript_sample_has_its_packages_by_hash_without_a_host() -> None:
+def test_the_lock_of_the_javascript_sample_has_packages_by_hash() -> None:
     folder = ROOT / "deploy" / "samples" / "javascript"
     text = (folder / "package-lock.json").read_text(encoding="utf-8")
     _, *packages = json.loads(text)["packages"].items()
+
     assert all(package["integrity"].startswith("sha512-") for _, package in packages)
+
     wanted = json.loads((folder / "package.json").read_text(encoding="utf-8"))["dependencies"]
     found = {
         path.removeprefix("node_modules/"): package["version"] for path, package in packages
     }
+
     assert {name: found[name] for name in wanted} == wanted
     assert "://" not in text
 

@@ -77,7 +77,7 @@ def test_a_tag_of_another_version_is_not_released() -> None:
         )
 
 
-def test_a_release_changes_every_file_with_the_version_and_they_agree() -> None:
+def test_the_files_that_a_release_changes_have_the_version() -> None:
     bump = PROJECT["tool"]["bumpversion"]
     version = bump["current_version"]
     assert version == sopdeploy.__version__
@@ -86,14 +86,6 @@ def test_a_release_changes_every_file_with_the_version_and_they_agree() -> None:
         searched = text if entry.get("regex") else re.escape(text)
         file = ROOT / entry["filename"]
         assert re.search(searched, file.read_text(encoding="utf-8")), entry
-
-    command = ["git", "grep", "--name-only", "--fixed-strings", f"sopdeploy:{version}"]
-    listed = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.split()
-
-    files = {entry["filename"] for entry in bump["files"]}
-    assert {name for name in listed if not name.startswith("tests/")} <= files
 
 
 EXTRAS = PROJECT["project"]["optional-dependencies"]

@@ -29,6 +29,7 @@ def test_an_engine_is_built_once_and_overlapping_batches_give_their_own_outputs(
 ) -> None:
     bundle, options = write(tmp_path), EngineOptions(profiles="1,4,16")
     assert [get_engine(bundle, options).reason is None for _ in range(2)] == [False, True]
+
     runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt"))
     batches = [np.roll(some_images(count), 7 * count, axis=2) for count in (16, 4, 1, 3, 16, 1)]
     ends = [runtime.begin(list(batches[0]))]

@@ -61,7 +61,7 @@ def test_eight_photographs_of_each_class_are_enough_for_clothes(
 
 
 @pytest.mark.nightly
-def test_fine_tuning_with_branches_leaves_the_first_stages_and_a_network_that_can_be_served(
+def test_fine_tuning_with_branches_leaves_a_network_to_serve(
     photos: Path, lite0_file: Path, tmp_path: Path
 ) -> None:
     settings = [
@@ -71,9 +71,11 @@ def test_fine_tuning_with_branches_leaves_the_first_stages_and_a_network_that_ca
         f"model.name=dsop-{LITE0}",
     ]
     run = sopdeploy.train(photos, out=tmp_path / "run", weights=lite0_file, set=settings)
+
     assert isinstance(run.procedure, FewShotResult | LoopResult)
     assert run.procedure.tuning is not None
     assert run.procedure.tuning.count == run.held_out_count
+
     start = load_plain(lite0_file, lite0_file.read_bytes())
     trained = read_checkpoint(run.last).weights
     assert torch.equal(trained["blocks.2.1.conv_pw.weight"], start["blocks.2.1.conv_pw.weight"])
@@ -84,6 +86,7 @@ def test_fine_tuning_with_branches_leaves_the_first_stages_and_a_network_that_ca
         trained["blocks.3.0.conv_pw.weight"], start["blocks.3.0.conv_pw.weight"]
     )
     assert not torch.equal(trained["blocks.6.0.bn1.weight"], start["blocks.6.0.bn1.weight"])
+
     exported = sopdeploy.export(run.last, tmp_path / "bundles", detach=True, max_batch=1)
     assert exported.certificate.detached == ("branches",)
     assert verify(exported.path, Settings(threads=1)).golden == 4

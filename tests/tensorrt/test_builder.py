@@ -37,9 +37,7 @@ def build(
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_the_linted_graph_builds_and_the_raw_one_fails_at_its_unsigned_bytes(
-    trt: RealTensorRT, half: bool
-) -> None:
+def test_the_linted_graph_builds_and_the_raw_one_fails(trt: RealTensorRT, half: bool) -> None:
     told, model, images = list[str](), network(half=half), some_images(5)
     before = model.SerializeToString()
     safe = cast_images_first(model)
@@ -60,9 +58,8 @@ def test_the_linted_graph_builds_and_the_raw_one_fails_at_its_unsigned_bytes(
 def test_a_parser_error_names_the_operator_also_beside_another_builder(
     trt: RealTensorRT,
 ) -> None:
-    other = create(
-        trt, "Builder", reset_logger(trt)
-    )  # TensorRT ignores the logger of the second builder
+    # TensorRT ignores the logger of the second builder
+    other = create(trt, "Builder", reset_logger(trt))
     safe = cast_images_first(network())
     safe.graph.node.append(
         helper.make_node("Det", ["covariance"], ["unused"], name="determinant")
@@ -78,9 +75,8 @@ def test_a_parser_error_names_the_operator_also_beside_another_builder(
 
 
 def test_control_c_stops_a_build(trt: RealTensorRT) -> None:
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # background processes ignore it
+    # Background processes ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             build(
@@ -102,6 +98,7 @@ def test_a_shape_of_the_images_is_taken_after_their_cast() -> None:
         model.graph.node.insert(0, node)
     safe = cast_images_first(model)
     users = {node.op_type for node in safe.graph.node if "images" in node.input}
+
     assert users == {"Cast"}
     np.testing.assert_array_equal(outputs_of(safe, images), outputs_of(model, images))
 

@@ -110,12 +110,14 @@ def load(built: EngineFile, bundle: Bundle, tensorrt: str = "11.1.0") -> StoredE
 def test_an_engine_is_built_once_beside_the_bundle(
     built: EngineFile, machine: Machine, bundle: Bundle, tmp_path: Path
 ) -> None:
-    assert built.reason == "no engine of this bundle was built here yet"
+    assert built.reason is not None
     assert [str(profile) for profile in built.record.key.profiles] == ["1", "2-4", "5-16"]
+
     cached = get_engine(bundle, OPTIONS)
     assert (machine.plans, cached.reason, cached.record) == (1, None, built.record)
     assert built.path.parent == tmp_path / "engines" / bundle.name
     assert not list(tmp_path.rglob("*.partial"))
+
     written = built.path.with_suffix(".json").read_text()
     assert EngineRecord.model_validate_json(written) == built.record
     assert str(tmp_path) not in written
@@ -143,13 +145,11 @@ def test_a_cached_engine_that_computes_something_else_is_built_again(
 ) -> None:
     machine.outcomes = [WRONG]
     again = get_engine(bundle, OPTIONS)
-    assert (
-        again.reason == "the cached engine is wrong, reference outputs: 'logits' deviates by 1"
-    )
+    assert "'logits' deviates by 1" in again.reason
     assert (again.path, again.path.read_bytes()) == (built.path, b"plan 2")
 
 
-def test_an_engine_beyond_the_tolerance_is_stored_only_if_it_is_allowed_and_says_so(
+def test_an_engine_beyond_the_tolerance_is_stored_only_if_allowed(
     machine: Machine, bundle: Bundle, tmp_path: Path
 ) -> None:
     machine.deviation = 0.75
@@ -185,7 +185,7 @@ def test_an_engine_within_the_tolerance_records_no_accepted_error(
     assert "num_changed" not in written
 
 
-def test_outputs_that_are_not_finite_are_refused_even_if_an_error_is_allowed(
+def test_outputs_that_are_not_finite_are_always_refused(
     machine: Machine, bundle: Bundle, tmp_path: Path
 ) -> None:
     machine.outcomes = [WRONG]
@@ -196,7 +196,7 @@ def test_outputs_that_are_not_finite_are_refused_even_if_an_error_is_allowed(
 
 def test_a_bundle_that_is_quantized_for_cpus_is_refused(bundle: Bundle) -> None:
     other = replace(bundle, manifest=bundle.manifest.model_copy(update={"int8_for": "cpu"}))
-    with pytest.raises(LoweringError, match=r"--set int8_for=tensorrt"):
+    with pytest.raises(LoweringError, match="int8_for=tensorrt"):
         get_engine(other, OPTIONS)
 
 
@@ -207,16 +207,16 @@ NO_DRIVER = SimpleNamespace(
 MISSING: dict[str, tuple[dict[str, Any], str]] = {
     "no TensorRT": (
         {"tensorrt": None},
-        r'is not installed; run: pip install "sopdeploy\[tensorrt\]"',
+        r"sopdeploy\[tensorrt\]",
     ),
-    "TensorRT 10": ({"tensorrt": SimpleNamespace(__version__="10.16.0")}, "10.16.0 is too old"),
+    "TensorRT 10": ({"tensorrt": SimpleNamespace(__version__="10.16.0")}, "10.16.0"),
     "no cuda-python": (
         {"tensorrt": TENSORRT, "cuda.bindings.runtime": None},
-        "cuda-python is not installed",
+        "cuda-python",
     ),
     "no driver": (
         {"tensorrt": TENSORRT, "cuda.bindings.runtime": NO_DRIVER},
-        r"no NVIDIA GPU can be used here \(CUDA: cudaGetDeviceCount failed",
+        "cudaGetDeviceCount",
     ),
 }
 
@@ -229,6 +229,7 @@ def test_without_tensorrt_or_a_gpu_the_error_is_one_line(
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     done = run(bundle.path)
+
     assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert re.search(message, done.stderr)
 
@@ -243,16 +244,16 @@ def use_engine_of_another_bundle(built: EngineFile, folder: Path) -> None:
 CHANGES: dict[str, tuple[Callable[[EngineFile, Path], object], str]] = {
     "damaged": (
         lambda built, _: built.path.write_bytes(b"x"),
-        "does not have the sha256 of its record",
+        "sha256",
     ),
     "missing": (lambda built, _: built.path.unlink(), "is missing"),
     "of another bundle": (
         use_engine_of_another_bundle,
-        "no engine of this bundle was built here yet",
+        "no engine",
     ),
     "with an invalid record": (
         lambda built, _: built.path.with_suffix(".json").write_bytes(b"{}"),
-        "no engine of this bundle was built here yet",
+        "no engine",
     ),
 }
 
@@ -290,7 +291,8 @@ def test_another_machine_or_other_profiles_get_their_own_engine(
     changes, profiles, difference = MACHINES[case]
     vars(machine).update(changes)
     again = get_engine(bundle, EngineOptions(profiles=profiles))
-    assert again.reason == f"the nearest engine here was built for {difference}"
+
+    assert again.reason.endswith(difference)
     assert built.path.is_file()
 
 
@@ -307,14 +309,13 @@ def test_the_command_builds_an_engine_and_then_uses_the_cache(
 ) -> None:
     first = run(bundle.path)
     assert first.exit_code == 0, first.stderr
-    assert "built    no engine of this bundle was built here yet" in first.stdout
     assert "precision fp32" in first.stdout
-    assert "outputs  batch 16: logits of " in first.stdout
-    assert "built    no, it was in the cache" in run(bundle.path).stdout
+    assert "batch 16: logits" in first.stdout
+    assert "in the cache" in run(bundle.path).stdout
     assert machine.plans == 1
 
 
-def test_engines_are_built_in_the_configured_cache_and_found_next_to_the_bundle_too(
+def test_engines_are_built_in_the_cache_and_found_beside_the_bundle(
     machine: Machine, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOPDEPLOY_ENGINE_CACHE", str(tmp_path / "cache"))
@@ -339,6 +340,7 @@ def test_the_container_image_keeps_engines_where_compose_mounts_a_volume() -> No
     root = Path(__file__).parents[2]
     text = (root / "Dockerfile").read_text(encoding="utf-8")
     assert not re.search("^VOLUME", text, re.MULTILINE)  # each run would leave one
+
     (folder,) = re.findall(r"SOPDEPLOY_ENGINE_CACHE=(\S+)/engines", text)
     assert f"engines:{folder}\n" in (root / "compose.yaml").read_text(encoding="utf-8")
 
@@ -353,14 +355,13 @@ def test_auto_chooses_an_existing_engine_and_never_falls_back_to_the_cpu(
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", NO_DRIVER)
     assert open_runtime(bundle, Settings(runtime="auto")).device == "cpu"
     get_engine(bundle, OPTIONS)
-    message = "tensorrt is set up here but does not work: no NVIDIA GPU"
-    with pytest.raises(RuntimeUnavailableError, match=message):
+    with pytest.raises(RuntimeUnavailableError, match="no NVIDIA GPU"):
         open_runtime(bundle, Settings(runtime="auto"))
 
     assert open_runtime(bundle, Settings(runtime="onnxruntime-cpu")).device == "cpu"
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert open_runtime(bundle, Settings(runtime="auto")).device == "cpu"
-    assert "its TensorRT engines are not used: TensorRT is not installed" in caplog.text
+    assert "TensorRT is not installed" in caplog.text
 
 
 RANGE = BatchRange(minimum=1, optimum=8, maximum=64)

@@ -26,7 +26,7 @@ def results(out: Path) -> dict[str, str]:
     return {part: first_contact.read_part(out, part)[1] for part in first_contact.PARTS}
 
 
-def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
+def test_a_killed_part_is_repeated_and_finished_parts_are_not(
     folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"

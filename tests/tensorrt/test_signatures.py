@@ -99,6 +99,7 @@ def test_tensorrt_builds_with_the_methods_of_the_builder_that_tests_use() -> Non
         pytest.skip("tensorrt-rtx-cu13 is not installed")
     real, sibling = methods_of("tensorrt"), methods_of("tensorrt_rtx")
     compared = 0
+
     for name in {name for name, _ in calls_of(build)}:
         for kind in BUILT:
             overloads = signatures(sibling.get(f"{kind}.{name}", ""))

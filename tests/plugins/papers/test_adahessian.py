@@ -21,7 +21,7 @@ ADAHESSIAN = "optimizer={kind='adahessian', lr=0.01}"
 PLAIN = ["model.name=resnet8", "model.config={base_width=4}", "epochs=2"]
 
 
-def test_a_step_lowers_the_loss_and_the_recipe_is_read_as_it_was_written() -> None:
+def test_a_step_lowers_the_loss_and_the_recipe_is_read_back() -> None:
     recipe = short_recipe(*PLAIN, ADAHESSIAN)
     assert recipe.optimizer == AdaHessianConfig(kind="adahessian", lr=0.01)
     assert type(recipe).model_validate(recipe.model_dump()) == recipe
@@ -41,7 +41,7 @@ def test_settings_without_second_derivatives_of_a_whole_step_are_refused(setting
 
 
 @pytest.mark.parametrize("uses_first", [False, True])
-def test_the_signs_of_a_parameter_do_not_depend_on_what_else_a_process_uses(
+def test_the_signs_of_a_parameter_do_not_depend_on_the_process(
     uses_first: bool,
 ) -> None:
     """A component of a gated network may receive no image in one process, and some in another."""
@@ -49,6 +49,7 @@ def test_the_signs_of_a_parameter_do_not_depend_on_what_else_a_process_uses(
     optimizer = AdaHessian([first, second], lr=0.1)
     used = [second, first] if uses_first else [second]
     optimizer.backward(sum((parameter**2 / 2).sum() for parameter in used), seed=3)
+
     assert torch.equal(optimizer.curvatures[second], random_signs(3, 1, second))
 
 
@@ -86,7 +87,9 @@ def test_a_step_on_a_quadratic_function_is_exact_and_averages_over_kernels() -> 
     optimizer.backward((0.5 * curvature * weights**2).sum(), seed=0)
     optimizer.step()
     expected = start * (1 - 0.1 * 0.5) - 0.1 * curvature * start / (curvature + 1e-4)
+
     torch.testing.assert_close(weights.detach(), expected)
+
     # The curvature of a convolution is averaged over its kernel.
     torch.manual_seed(0)
     kernel = nn.Parameter(torch.randn(2, 3, 3, 3))
@@ -96,6 +99,7 @@ def test_a_step_on_a_quadratic_function_is_exact_and_averages_over_kernels() -> 
     )
     optimizer.step()
     curvature = optimizer.state[kernel]["curvature"]
+
     assert torch.equal(curvature, curvature[:, :, :1, :1].expand_as(curvature))
 
 
@@ -111,6 +115,7 @@ def test_a_run_of_two_phases_resumes_to_the_same_bits(
     train_recipe(recipe, tmp_path / "whole")
     interrupt(recipe, tmp_path / "stopped", "step", *step)
     train_recipe(recipe, tmp_path / "stopped", resume=True)
+
     assert same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
@@ -128,7 +133,7 @@ def test_two_processes_learn_the_same_as_one(tmp_path: Path) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
-def test_weight_decay_of_recipes_is_that_of_the_source_divided_by_the_rate() -> None:
+def test_weight_decay_of_recipes_is_the_source_s_divided_by_the_rate() -> None:
     for name, decay in (("cifar10-dsop-resnet20", 5e-4), ("imagenet-dsop-resnet18", 1e-4)):
         adahessian = read_recipe(f"{name}-adahessian").optimizer
         assert adahessian.lr * adahessian.weight_decay == pytest.approx(decay, rel=1e-4)

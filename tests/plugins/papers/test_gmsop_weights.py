@@ -92,7 +92,9 @@ def test_the_number_of_iterations_is_read_from_the_file(tmp_path: Path) -> None:
     ours, report = imported(
         save_v7(tmp_path / "net.mat", matconvnet(released)), "srsop-resnet18"
     )
+
     assert report.config["iterations"] == 5
+
     with torch.no_grad():
         torch.testing.assert_close(
             ours.double()(pixels() / 60), logits_of(released), rtol=1e-4, atol=1e-4
@@ -105,6 +107,7 @@ def test_the_network_input_is_pixels_less_the_mean_divided_by_60(tmp_path: Path)
     image = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
     seen = Normalize(report.preprocess, torch.contiguous_format)(image)
     wanted = (image.permute(0, 3, 1, 2).double() - MEAN) / 60
+
     torch.testing.assert_close(seen.double(), wanted, rtol=1e-5, atol=1e-4)
     assert (report.preprocess.resize, report.preprocess.crop) == (16, 16)
     assert report.labels.startswith("numbers")
@@ -169,10 +172,10 @@ def test_another_network_or_a_contradicting_setting_is_refused(
 
 def test_a_network_of_another_size_than_the_catalogs_has_no_name(tmp_path: Path) -> None:
     net = matconvnet("gmsop-16-8-wrn36-2")
-    net.params = {
-        name: value for name, value in net.params.items() if name[5:7] != "_4"
-    }  # conv2_4a
+    # conv2_4a
+    net.params = {name: value for name, value in net.params.items() if name[5:7] != "_4"}
     message = "3 blocks"
+
     with pytest.raises(WeightsError, match=message):
         imported(save_v7(tmp_path / "net.mat", net), "gmsop-16-8-resnet18")
 
@@ -181,6 +184,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     scipy.io.savemat(tmp_path / "a.mat", {"net": {"params": np.ones((40, 40))}})
     whole = (tmp_path / "a.mat").read_bytes()
     (tmp_path / "a.mat").write_bytes(whole[: len(whole) // 2])
+
     with pytest.raises(WeightsError, match="damaged MATLAB file") as error:
         open_weights(check_is_weights(tmp_path / "a.mat"))
     assert "\n" not in str(error.value)
@@ -202,6 +206,7 @@ def test_what_expands_is_refused_before_it_does(tmp_path: Path) -> None:
     tracemalloc.start()
     with pytest.raises(WeightsError, match="expands"):
         open_weights(check_is_weights(tmp_path / "weights.bin"))
+
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 32_000_000
@@ -214,14 +219,13 @@ def test_version_73_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3), (1, 1, 3), (2, 2, 3)])
-def test_a_network_without_net_has_the_mean_color_of_a_color_or_an_image(
-    tmp_path: Path, shape: tuple[int, ...]
-) -> None:
+def test_a_network_without_net_has_a_mean_color(tmp_path: Path, shape: tuple[int, ...]) -> None:
     net = tree(matconvnet("resnet18-64px"), "f8")["net"]
     color = np.ones(shape) * (np.array(AVERAGE).reshape(-1, 1) if shape == (3, 1) else AVERAGE)
     net["meta"]["normalization"] = {"averageImage": color}
     scipy.io.savemat(tmp_path / "net.mat", as_scipy(net))
     rules = imported(tmp_path / "net.mat", "resnet18-64px")[1].preprocess
+
     assert rules.mean == pytest.approx(np.array(AVERAGE) / 255)
     assert (rules.resize, rules.crop) == (64, 64)
 
@@ -230,5 +234,6 @@ def test_a_network_without_a_mean_color_is_refused(tmp_path: Path) -> None:
     net = tree(matconvnet("resnet18-64px"), "f8")
     net["net"]["meta"] = {}
     scipy.io.savemat(tmp_path / "net.mat", as_scipy(net))
-    with pytest.raises(WeightsError, match=r"no meta\.normalization\.averageImage"):
+
+    with pytest.raises(WeightsError, match=r"meta\.normalization\.averageImage"):
         imported(tmp_path / "net.mat", "resnet18-64px")

@@ -74,6 +74,7 @@ def test_without_the_package_its_names_say_in_one_line_what_to_install(
     monkeypatch.setattr(plugins, "register_own_packages", lambda: None)
     for registry in (plugins.MODELS, plugins.OPTIMIZERS, plugins.TEACHERS):
         monkeypatch.setattr(registry, "registered", {})
+
     with pytest.raises(ConfigError, match=r"plugins/papers; install") as error:
         train_recipe(read_recipe("digits-plain", [setting]), tmp_path / "run")
     assert "\n" not in str(error.value)

@@ -48,7 +48,8 @@ from tests.support import quick_torch
 from tests.support.pictures import encoded
 
 PAGE = ROOT / "docs" / "howto" / "plug-in.md"
-SMALL: dict[str, dict[str, Any]] = {  # small options of each pooling, by kind
+# Small options of each pooling, by kind
+SMALL: dict[str, dict[str, Any]] = {
     "cbp": {"dim": 16, "seed": 7},
     "kernel": {"dim": 16, "seed": 3},
     "netvlad": {"words": 3},
@@ -133,7 +134,9 @@ def test_low_rank_bilinear_pooling_has_the_factors_of_each_class() -> None:
     with torch.device("meta"):
         network = sopdeploy.create_model("lrbp-vgg16", num_classes=200)
     parts: Any = network
+
     assert parts.pooling.out_features == 10_000
+
     counts = {
         name: sum(p.numel() for p in getattr(parts, name).parameters())
         for name in ("pooling", "classifier")
@@ -149,6 +152,7 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     parameters = [
         p for name, p in pooling.named_parameters() if not name.startswith("importance")
     ]
+
     assert torch.autograd.gradcheck(
         lambda x, *_: pooling(x), (features, *parameters), fast_mode=True
     )
@@ -182,7 +186,9 @@ def test_gradients_of_low_rank_bilinear_pooling_are_those_of_finite_differences(
     torch.manual_seed(4)
     features = relu_features(2, 4, 4).requires_grad_()
     network = torch.nn.Sequential(ReducedBilinear(4, 3), LowRankClassifier(3, 2, 5)).double()
+
     assert torch.autograd.gradcheck(network, (features,), fast_mode=True)
+
     logits, classifier, vector = network(features), network[1], network[0](features)
     for k in range(5):
         plus, minus = classifier.weight[2 * k : 2 * k + 2]
@@ -237,12 +243,13 @@ def test_words_collect_their_residuals_and_are_assigned_by_distance_at_first(kin
     ]
     units = [torch.nn.functional.normalize(half, dim=1).flatten() for half in halves]
     expected = torch.cat([unit / unit.norm() for unit in units])
+
     torch.testing.assert_close(
         layer(maps)[0].detach(), expected / expected.norm(), rtol=1e-5, atol=1e-6
     )
 
 
-def test_dropcov_is_the_covariance_and_drops_the_channels_of_an_image_in_training() -> None:
+def test_dropcov_drops_the_channels_of_an_image_in_training() -> None:
     torch.manual_seed(0)
     layer, maps = build("dropcov", 6), torch.randn(64, 6, 5, 5).relu()
     assert isinstance(layer, DropCov)
@@ -284,7 +291,8 @@ def train(out: Path, *assignments: str) -> Checkpoint:
     return read_checkpoint(out / "best.pt")
 
 
-TRAINED = {  # changes to the recipe of the digits, by kind of pooling or name of the network
+# Changes to the recipe of the digits, by kind of pooling or name of the network
+TRAINED = {
     kind: [
         "model.config.base_width=8",
         *(
@@ -299,9 +307,8 @@ TRAINED["lrbp-vgg16"] = [
     "preprocess.resize=32",
     "preprocess.crop=32",
 ]
-TRAINED["lrbp-vgg16"].append(
-    "optimizer.lr=0.01"
-)  # it diverges with the rate of the recipe, 0.1
+# It diverges with the rate of the recipe, 0.1
+TRAINED["lrbp-vgg16"].append("optimizer.lr=0.01")
 
 
 @pytest.mark.slow
@@ -388,7 +395,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("reference")
-def test_the_recipe_of_the_page_is_exported_and_served_by_a_runtime_of_a_plug_in(
+def test_the_recipe_of_the_page_is_served_by_a_plug_in_runtime(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     found = read_checkpoint(checkpoint)
@@ -418,6 +425,7 @@ def test_help_lists_its_command_without_importing_it() -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; {check}"], capture_output=True, text=True, check=True
     )
+
     assert "reproduce" in done.stdout
 
 
@@ -428,6 +436,7 @@ def test_the_page_shows_the_code_of_the_example() -> None:
     code = re.sub(r' *"""[^"]*"""\n\n?', "", code)
     shown = [block for block in blocks(PAGE, "text") if block.startswith("class ")]
     parts = [part for block in shown for part in block.strip().split("\n\n\n")]
+
     assert len(parts) == 4
     assert [part for part in parts if part not in code] == []
 
@@ -449,15 +458,8 @@ def test_the_core_does_not_name_it() -> None:
     }
 
 
-CITED_ONLY = {
-    "fbn",
-    "sort",
-    "dropblock",
-    "genet",
-    "cmpe",
-    "hihca-vgg16",
-    "senet",
-}  # `missing` of a row has the reason
+# `missing` of a row has the reason
+CITED_ONLY = {"fbn", "sort", "dropblock", "genet", "cmpe", "hihca-vgg16", "senet"}
 
 
 def test_each_row_of_each_table_has_a_network_or_a_reason() -> None:

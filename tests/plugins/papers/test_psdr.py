@@ -95,6 +95,7 @@ def test_the_file_agrees_with_the_network_and_gpu_runtimes_accept_it(tmp_path: P
         small("psdr-resnet50").trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx"
     )
     assert report.passed
+
     accepted(onnx.load(tmp_path / "model.onnx"), "fp32")
 
 

@@ -8,7 +8,8 @@ from sopdeploy.models.registry import entry, make_config
 from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
 from sopdeploy_papers.reproduction.tables import PrintedTable
 
-LIMITS = {  # of options of networks and poolings, also of each number in a list
+# Of options of networks and poolings, also of each number in a list
+LIMITS = {
     **{
         "depth": 26,
         "base_width": 16,
