@@ -5,7 +5,7 @@ import pytest
 from tests.support.rooms import ROOT
 
 
-def test_every_test_of_a_fixture_that_a_machine_may_lack_has_its_marker(
+def test_every_test_of_a_conditional_fixture_has_its_marker(
     request: pytest.FixtureRequest,
 ) -> None:
     markers = {"chromium": "browser", "cuda_device": "gpu", "tensorrt": "tensorrt"}

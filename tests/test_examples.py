@@ -61,6 +61,7 @@ def test_the_client_writes_a_line_for_every_image_of_a_folder(
     monkeypatch.setattr(sys, "argv", ["client.py", str(tmp_path), url])
     runpy.run_path(str(FOLDER / "client.py"))
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+
     assert [row["image"] for row in rows] == ["2.png", "3.jpg", "a/1.png"]
     assert [row["class"] in LABELS for row in rows] == [True, False, True]
     assert [bool(row["error"]) for row in rows] == [False, True, False]
@@ -70,7 +71,7 @@ def test_the_client_writes_a_line_for_every_image_of_a_folder(
     ("body", "status", "key"),
     [(picture_bytes(), "200 OK", "class"), (b"no image", "400 Bad Request", "error")],
 )
-def test_the_web_application_answers_with_the_class_or_the_error_of_the_server(
+def test_the_web_application_answers_like_the_server(
     body: bytes, status: str, key: str, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOPDEPLOY_URL", url)
@@ -78,6 +79,7 @@ def test_the_web_application_answers_with_the_class_or_the_error_of_the_server(
     environ = {"CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)}
     (answer,) = example.app(environ, lambda *response: started.append(response))
     example.client().close()
+
     assert started == [(status, [("Content-Type", "application/json")])]
     assert key in json.loads(answer)
 
@@ -105,7 +107,7 @@ def test_the_web_application_blames_the_photograph_only_for_its_own_errors(
     assert json.loads(answer) == {"error": str(error)}
 
 
-def test_the_pooling_of_the_plug_in_is_found_by_its_name_and_trains_its_exponent(
+def test_the_pooling_of_the_plug_in_trains_its_exponent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(plugins.POOLINGS, "registered", {})
@@ -115,6 +117,7 @@ def test_the_pooling_of_the_plug_in_is_found_by_its_name_and_trains_its_exponent
     powers = {
         name: value for name, value in network.named_parameters() if name.endswith(".power")
     }
+
     assert [(float(value.detach()), bool(value.grad)) for value in powers.values()] == [
         (3.0, True)
     ]

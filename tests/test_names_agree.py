@@ -75,6 +75,7 @@ def test_something_uses_whatever_the_packages_define() -> None:
     read = Counter(name for tree in TREES.values() for name in names_read(tree))
     made = {name for tree in TREES.values() for name in names_made(tree)}
     unused = {name for name in made if not read[name] and not name.startswith("__")}
+
     assert len(made) > 4000
     assert unused == FOR_LIBRARIES
 

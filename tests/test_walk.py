@@ -95,6 +95,7 @@ def test_the_export_detaches_with_proof_and_says_nothing_of_its_machine(
 ) -> None:
     bundle = home / exported["bundle"]
     assert bundle.name == f"photos-{exported['id']}"
+
     manifest = open_bundle(bundle).manifest
     origin = manifest.origin.model_dump(include={"run", "data", "num_images", "num_classes"})
     assert origin == {
@@ -112,6 +113,7 @@ def test_the_export_detaches_with_proof_and_says_nothing_of_its_machine(
         "latest",
     }
     assert json.loads((bundle / "labels.json").read_bytes()) == sorted(COLOURS)
+
     told = {
         str(home),
         home.name,
@@ -127,11 +129,12 @@ def test_the_export_detaches_with_proof_and_says_nothing_of_its_machine(
         )
 
 
-def test_a_service_gives_the_numbers_of_the_bundle_to_the_last_digit_and_ends_cleanly(
+def test_a_service_gives_the_numbers_of_the_bundle_and_ends_cleanly(
     home: Path, trained: dict[str, Any], exported: dict[str, Any]
 ) -> None:
     verified = answer("verify", exported["bundle"], home=home)
     assert (verified["id"], verified["num_files"]) == (exported["id"], 16)
+
     measured = answer("eval", trained["best"], "--data", "photos", home=home)
     found = answer("eval", exported["bundle"], "--data", "photos", home=home)
     photos = [f"photos/{label}/0{number}.jpg" for label in COLOURS for number in (0, 7)]
@@ -142,9 +145,11 @@ def test_a_service_gives_the_numbers_of_the_bundle_to_the_last_digit_and_ends_cl
             classes = {row["label"]: row["probability"] for row in reply.json()["classes"]}
             expected = {row["label"]: row["probability"] for row in prediction["classes"]}
             assert classes == pytest.approx(expected, abs=1e-6)
+
         client.child.send_signal(signal.SIGTERM)
         assert client.child.communicate(timeout=60) == ("", "")
         assert client.child.returncode == 0
+
     assert (measured["count"], measured["top1"]["share"] >= 1 / len(COLOURS)) == (
         len(COLOURS) * PHOTOS,
         True,
@@ -173,6 +178,7 @@ def test_the_demo_detaches_branches_serves_and_classifies_digits(
     )
     monkeypatch.setattr(demo, "classify_photographs", lambda out: None)  # the next test
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+
     assert done.exit_code == 0, done.output
     assert re.search(
         r"35\d of 359 right: the validation digits, .* \(95 % interval 9\d to ", done.stdout
@@ -183,7 +189,7 @@ def test_the_demo_detaches_branches_serves_and_classifies_digits(
         assert row is not None
         before, after, removed = (int(text.replace(",", "")) for text in row.groups())
         assert before - after == removed > 0
-    assert "Next: use your own photos" in done.stdout
+    assert "Next: " in done.stdout
 
 
 @pytest.mark.nightly
@@ -198,7 +204,9 @@ def test_the_demo_classifies_photographs_without_a_network(tmp_path: Path) -> No
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
+
     assert done.returncode == 0, done.stdout + done.stderr
+
     rates = re.findall(
         r"^(\d+) of (\d+) right: .* \(95 % interval \d+ to \d+ %\)$", done.stdout, re.MULTILINE
     )
@@ -210,21 +218,24 @@ def test_the_demo_fails_if_fewer_answers_are_right_than_it_expects(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     demo.expect("the photos", Rate.of(8, 10), 0.8)
-    assert (
-        "8 of 10 right: the photos 80.0 % (95 % interval 49 to 94 %)" in capsys.readouterr().out
-    )
+
+    printed = capsys.readouterr().out
+    for value in ("8 of 10", "80.0 %", "49 to 94 %"):
+        assert value in printed
     with pytest.raises(SopdeployError, match=r"70\.0 % .* 80 %"):
         demo.expect("the photos", Rate.of(7, 10), 0.8)
 
 
-def test_the_photographs_of_the_demo_are_those_of_its_table_and_of_no_test() -> None:
+def test_the_photographs_of_the_demo_are_those_of_its_table() -> None:
     photos = list(demo.PHOTOS.rglob("*.jpg"))
     counts = {
         name: len(list((demo.PHOTOS / name).rglob("*.jpg")))
         for name in ("clothing", "new", "others")
     }
+
     assert counts == {"clothing": 50, "new": 10, "others": 10}
     assert sum(path.stat().st_size for path in photos) < 2_500_000
+
     of_tests = {path.name for path in (ROOT / "tests").rglob("*.jpg")}
     contents = {path.read_bytes() for path in photos}
     assert (len(contents), {path.name for path in photos} & of_tests) == (len(photos), set())
@@ -254,4 +265,5 @@ def test_running_a_network_writes_nothing_to_the_home_folder(
     }
     environment = kept | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", code, str(bundle)], env=environment, check=True)
+
     assert list(home.rglob("*")) == []

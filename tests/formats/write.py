@@ -38,9 +38,8 @@ def write(program: Path, archive: Path) -> None:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert stopped.stdout is not None
-        next(
-            (line for line in stopped.stdout if "1/3" in line), ""
-        )  # the first of three epochs has ended
+        # The first of three epochs has ended
+        next((line for line in stopped.stdout if "1/3" in line), "")
         stopped.terminate()
         assert stopped.wait() == 128 + signal.SIGTERM, "the training ended before the signal"
         run("export", "trained/best.pt", "--detach", "--max-batch=1", "--out=bundles")

@@ -4,7 +4,8 @@ import base64
 from html.parser import HTMLParser
 
 VOID = {"br", "img", "meta"}
-ALLOWED = {  # none of these loads, runs or submits anything
+# None of these loads, runs or submits anything
+ALLOWED = {
     *(
         "html",
         "head",

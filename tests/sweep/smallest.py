@@ -13,10 +13,8 @@ HEADS: dict[str, Any] = {"aux_widths": (8, 8, 8), "iterations": 2}
 FEW_GROUPS: dict[str, Any] = {"cardinality": 1, "group_width": 4}
 LITE: dict[str, Any] = {"width": 0.1, "depth": 0.1}
 ONE_BLOCK: dict[str, Any] = {"blocks": 1}
-ONE_EACH: dict[str, Any] = {
-    "blocks_per_stage": 1,
-    "conv5_stride": 1,
-}  # a covariance needs two positions
+# A covariance needs two positions
+ONE_EACH: dict[str, Any] = {"blocks_per_stage": 1, "conv5_stride": 1}
 TWO_OF_FOUR: dict[str, Any] = {
     **ONE_EACH,
     "components": 4,
@@ -26,7 +24,8 @@ TWO_OF_FOUR: dict[str, Any] = {
     "iterations": 2,
 }
 
-WALKED = (  # classes in recipes, which `test_recipe_walks` exports, too
+# Classes in recipes, which `test_recipe_walks` exports, too
+WALKED = (
     Small("resnet8", 16, {"pooling": {"kind": "isqrt", **NARROW}}),
     Small("gmgap-16-8-resnet18", 8, {**TWO_OF_FOUR, "component": "gap"}),
     Small("gmsop-16-8-resnet18", 8, TWO_OF_FOUR),
@@ -43,7 +42,8 @@ WALKED = (  # classes in recipes, which `test_recipe_walks` exports, too
         },
     ),
 )
-LOWERED = (  # lowered to ONNX and compared: one for each other inference class
+# Lowered to ONNX and compared: one for each other inference class
+LOWERED = (
     Small("resnext29-8x64d", 8, FEW_GROUPS),
     Small("dsop-preact-resnet110", 8, {**ONE_BLOCK, **HEADS}),
     Small("vgg16-bn", 32, {"pooling": "gap", "classifier": "linear"}),
@@ -70,10 +70,8 @@ LOWERED = (  # lowered to ONNX and compared: one for each other inference class
     Small("head:resnet8", 16, {"head": {"taps": ("layer2.0", "layer3.0"), **NARROW}}),
     Small("head:timm:test_efficientnet", 64, {"head": NARROW}),
 )
-TOO_LONG = (
-    EfficientNet,
-    SecondOrderEfficientNet,
-)  # 242 operators: lowered by `make test-nightly`
+# 242 operators: lowered by `make test-nightly`
+TOO_LONG = (EfficientNet, SecondOrderEfficientNet)
 # compared with plain networks: their inference class is above, or takes too long for every run
 DETACHED = (
     Small("resnet18", 32, {"conv5_stride": 1}),
@@ -93,9 +91,8 @@ DETACHED = (
     Small("dsop-timm:regnety_002", 64),
 )
 ALL = (*LOWERED, *WALKED, *DETACHED)
-POOLINGS: tuple[
-    dict[str, Any], ...
-] = (  # every pooling, and every form of one that computes something else
+# Every pooling, and every form of one that computes something else
+POOLINGS: tuple[dict[str, Any], ...] = (
     {"kind": "gap"},
     {"kind": "flatten", "side": 2},
     {"kind": "flatten", "side": 1},
@@ -123,7 +120,8 @@ RELEASED_MIXTURE: dict[str, Any] = {
     "gate_norm": True,
     "noise_per": "image",
 }
-VARIANTS = (  # other forms of the same classes, whose counts and outputs have goldens, too
+# Other forms of the same classes, whose counts and outputs have goldens, too
+VARIANTS = (
     *(Small("resnet8", 16, {"base_width": 2, "pooling": pooling}) for pooling in POOLINGS),
     Small("resnet8", 8, {"base_width": 8, "pooling": "isqrt"}),  # fewer positions than channels
     Small("resnet18", 32, {"depth": 26, "base_width": 8, "bottleneck_stride": "v1"}),
@@ -140,7 +138,8 @@ VARIANTS = (  # other forms of the same classes, whose counts and outputs have g
     Small("gmsop-16-8-resnet18", 8, {**TWO_OF_FOUR, **RELEASED_MIXTURE}),
     Small("resnet18-64px", 8, ONE_EACH),
 )
-STRUCTURES = (  # in full size, whose branches or blocks with attention have a golden
+# In full size, whose branches or blocks with attention have a golden
+STRUCTURES = (
     *(Small(name, 224) for name in CATALOG if name.startswith(("dsop-", "gsop-"))),
     Small("dsop-resnet18", 224, {"aux_blocks": (0, 1, (2, 0), (0, 3))}),
     Small("dsop-resnet18", 224, {"aux_widths": (128,) * 4}),

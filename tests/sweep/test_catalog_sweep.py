@@ -84,8 +84,10 @@ def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     few_blocks(monkeypatch)
     small = narrow(small)
     report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx")
+
     assert report.passed
     assert set(report.outputs) == outputs_of(small.name)
+
     model = onnx.load(tmp_path / "model.onnx")
     accepted(model, "fp32")
     network = small.build()
@@ -172,6 +174,7 @@ def test_every_other_pooling_agrees(pooling: str, precision: Precision, tmp_path
     small = Small("resnet8", 16, {"pooling": pooling})
     wanted: Precision = "fp32" if precision == "int8" else precision
     assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", wanted).passed
+
     model = onnx.load(tmp_path / "model.onnx")
     if precision == "int8":
         images = generated_images(small.side)[:4]

@@ -29,6 +29,7 @@ def test_counts_and_outputs_match_the_golden(family: str, pytestconfig: pytest.C
         path_of(family).parent.mkdir(exist_ok=True)
         path_of(family).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     expected = json.loads(path_of(family).read_text(encoding="utf-8"))
+
     assert found.keys() == expected.keys()
     for model, figures in found.items():
         outputs, printed = figures.pop("outputs"), expected[model].pop("outputs")
@@ -51,6 +52,7 @@ def test_structures_match_the_golden(pytestconfig: pytest.Config) -> None:
     found = json.loads(json.dumps(full_size))
     if pytestconfig.getoption("--rewrite-goldens"):
         path_of("structures").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
     assert found == json.loads(path_of("structures").read_text(encoding="utf-8"))
 
 
