@@ -10,14 +10,12 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from gain.maps import ENTRY_TAP, LAST_CACHED, LATE_TAP, Part, Weights
-from sopdeploy.layers import Components, ISqrtCov, NewtonSchulzConfig, SparseGate
-from sopdeploy.layers.mixture import GateNoise, balance_loss, softmax_of_largest
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy.models.second_order_head import PooledHead, SecondOrderHead, principal_components
+from sopdeploy.models.second_order_head import PooledHead, SecondOrderHead
 from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearProblem, Space
 from sopdeploy.training.few_shot.features import PROJECTION_IMAGES, WIDTH
 from sopdeploy.training.few_shot.scaling import Scaling
@@ -26,9 +24,6 @@ from sopdeploy.training.few_shot.targets import Targets
 TAPS = (ENTRY_TAP, LATE_TAP)
 BATCH = 32  # images
 FOLDS = 10  # of the cross-validation that finds the temperature, as in `train`
-EXPERTS, CHOSEN = 4, 2  # of the mixture
-GATE_WIDTH = 32  # channels of the gate's prediction layer
-BALANCE = 0.03  # weight of the balance loss, as in the recipe fine-tune-gmsop
 
 
 class Arm(NamedTuple):
@@ -38,7 +33,6 @@ class Arm(NamedTuple):
     config: Mapping[str, Any]
     control: str = ""
     times: int = 1
-    is_gated: bool = False
 
 
 def _head(kind: str) -> dict[str, Any]:
@@ -78,53 +72,9 @@ ARMS: Mapping[str, Arm] = {
         },
         control=DEFAULT,
     ),
-    GMSOP: Arm(LITE, {"head": _head("gap+isqrt")}, control=DEFAULT, is_gated=True),
+    GMSOP: Arm("gmsop-head:efficientnet-lite0", {"head": _head("gap+isqrt")}, control=DEFAULT),
     TWICE: Arm(LITE, {"head": _head("gap")}, control=AVERAGES, times=2),
 }
-
-
-class GatedRoots(nn.Module):
-    """GM-SOP in place of one covariance pooling: a gate sums K of N roots, each after its own projection.
-
-    The projections start as rotated principal components. `balance` is the balance loss of the last
-    batch in train mode.
-    """
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        root = NewtonSchulzConfig(iterations=7)
-        self.mixture = Components(
-            "sop", channels, (width,), components=EXPERTS, evaluated=CHOSEN, root=root
-        )
-        gate_root = ISqrtCov(GATE_WIDTH, root)
-        predict = nn.Sequential(nn.Conv2d(channels, GATE_WIDTH, 1), nn.ReLU(), gate_root)
-        self.gate = SparseGate(predict, gate_root.out_features, EXPERTS, CHOSEN)
-        self.noise = GateNoise(gate_root.out_features, EXPERTS, "component")
-        self.out_features = self.mixture.out_features
-        self.balance = torch.zeros(())
-
-    @torch.no_grad()
-    def fit_projection(self, batches: Sequence[Tensor]) -> None:
-        """Set the projections to rotations of the principal components of the maps *batches*."""
-        width = self.mixture.weights[0].shape[1]
-        components_dC = principal_components(batches, width)
-        for expert in range(EXPERTS):
-            rotation_dd = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))[0]
-            self.mixture.weights[0][expert] = rotation_dd @ components_dC
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Compute the vector (B, d (d + 1) / 2) of maps (B, C, H, W)."""
-        if not self.training:
-            weights_BN = self.gate(maps)
-            vector: Tensor = self.mixture(maps, weights_BN)
-            return vector
-
-        feature_BD = self.gate.feature(maps)
-        logits_BN = self.gate.logits(feature_BD) + self.noise(feature_BD)
-        weights_BN = softmax_of_largest(logits_BN, CHOSEN)
-        self.balance = balance_loss(weights_BN, BALANCE)
-        mixed: Tensor = self.mixture(maps, weights_BN, route=True)
-        return mixed
 
 
 def build(arm: Arm, weights: Weights, num_classes: int, seed: int) -> SecondOrderHead:
@@ -150,11 +100,6 @@ def build(arm: Arm, weights: Weights, num_classes: int, seed: int) -> SecondOrde
                 blocks.set_submodule(name, nn.Identity())
         if is_last:
             break
-
-    if arm.is_gated:
-        head = network.pooled_head
-        for tap, channels in head.channels.items():
-            head.poolings[tap.replace(".", "_")] = GatedRoots(channels, WIDTH)
     return network.to(memory_format=torch.channels_last).eval()
 
 
@@ -176,13 +121,7 @@ def fit_projections(network: SecondOrderHead, train: Part, members: NDArray[np.i
         batches.append(dict(zip(taps, tapped, strict=True)))
 
     for head in heads_of(network):
-        gated = {
-            tap: head.poolings[tap.replace(".", "_")] for tap in head.channels if head.poolings
-        }
-        if any(isinstance(pooling, GatedRoots) for pooling in gated.values()):
-            for tap, pooling in gated.items():
-                cast(GatedRoots, pooling).fit_projection([maps[tap] for maps in batches])
-        elif head.channels:
+        if head.channels:
             head.fit_projection(batches)
 
 

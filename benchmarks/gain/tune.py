@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gain.arms import BATCH, GatedRoots
+from gain.arms import BATCH
 from gain.maps import Part
 from sopdeploy.evaluation.decision_fit import fit_temperature
 from sopdeploy.models.base import TrainingOutput
@@ -147,10 +147,7 @@ def _loss(network: SecondOrderHead, maps: Tensor, targets: Tensor) -> Tensor:
     loss = cross_entropy(output.logits, targets)
     for name, logits in output.branches.items():
         loss = loss + weights[name] * cross_entropy(logits, targets)
-    for module in network.modules():
-        if isinstance(module, GatedRoots):
-            loss = loss + module.balance
-    return loss
+    return loss + sum(output.penalties.values())
 
 
 @torch.no_grad()

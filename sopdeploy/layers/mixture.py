@@ -52,7 +52,8 @@ class Components(nn.Module):
 
     A component of the kind "gap" is 1x1 convolutions to *widths* channels, each with ReLU, and
     global average; "sop" is parametric SR-SOP with the configuration *root*; "linear" is linear
-    layers with bias on the averaged features, the expert of SG-MoE.
+    layers with bias on the averaged features, the expert of SG-MoE. Without *relu*, convolutions are
+    projections.
 
     Args:
         kind: "gap", "sop" or "linear".
@@ -61,6 +62,7 @@ class Components(nn.Module):
         components: N.
         evaluated: Number of components that a routed mixture evaluates per image; `macs` counts these.
         root: The matrix square root of "sop".
+        relu: Whether each convolution is followed by ReLU.
 
     Raises:
         ConfigError: `forward` gets a map with another number of channels.
@@ -85,6 +87,7 @@ class Components(nn.Module):
         components: int,
         evaluated: int,
         root: NewtonSchulzConfig,
+        relu: bool = True,
     ) -> None:
         super().__init__()
         self.channels = channels
@@ -103,6 +106,7 @@ class Components(nn.Module):
         self.biases = nn.ParameterList(torch.zeros(components * outputs) for outputs in biased)
 
         self.before = nn.AdaptiveAvgPool2d(1) if self.is_linear else nn.Identity()
+        self.activation = nn.ReLU() if relu else nn.Identity()
         self.after, self.out_features = build_pooling(
             kind, widths[-1] if widths else channels, root
         )
@@ -139,7 +143,7 @@ class Components(nn.Module):
             if self.is_linear:
                 x = F.conv2d(x, kernel, self.biases[step], groups=groups)
             else:
-                x = F.relu(F.conv2d(x, kernel, groups=groups))
+                x = self.activation(F.conv2d(x, kernel, groups=groups))
 
         # Pool each component's map, then sum the vectors with the weights of their image.
         maps = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)  # (B N, c, H, W)
@@ -175,7 +179,7 @@ class Components(nn.Module):
         # Run their filters, which differ from image to image.
         for weight_Noi in self.weights:
             filters_BKoi = weight_Noi.index_select(0, chosen).unflatten(0, (-1, self.evaluated))
-            x_BKcM = F.relu(filters_BKoi @ x_BKcM)
+            x_BKcM = self.activation(filters_BKoi @ x_BKcM)
         # Maps (B K, c, H, W) again, for the pooling.
         maps = torch.unflatten(x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:])
 
@@ -217,7 +221,7 @@ class Components(nn.Module):
                 if self.is_linear:
                     x = F.conv2d(x, kernel, biases[step][component])
                 else:
-                    x = F.relu(F.conv2d(x, kernel))
+                    x = self.activation(F.conv2d(x, kernel))
             weighted.append(self.after(x) * weights_BN[images, component].unsqueeze(1))
             indices.append(images)
 

@@ -290,11 +290,6 @@ GMSOP = {
             ("avesop-16-resnet18", "Ave-SOP-16 on ResNet-18", {**AVERAGE_OF_16, **PARAMETRIC}),
         )
     },
-    "gmsop-4-2-efficientnet-lite0": with_config(
-        "sopdeploy.models.gmsop:GMSOPEfficientNetLite",
-        {},
-        "GM-SOP (2 of 4 poolings) on EfficientNet-Lite0, to fine-tune from ImageNet weights",
-    ),
     "netvlad-64-resnet18": at_64("NetVLADResNet", {}, "NetVLAD of 64 words on ResNet-18"),
 }
 # Title and networks, in display order
@@ -321,6 +316,7 @@ OWN = CATALOG  # of the registry `MODELS`
 PREFIXES = {
     "head": "sopdeploy.models.second_order_head:head_entry",
     "dsop-head": "sopdeploy.models.second_order_head:head_entry",
+    "gmsop-head": "sopdeploy.models.gated_head:gated_head_entry",
     "timm": "sopdeploy.models.timm_networks:timm_entry",
     "dsop-timm": "sopdeploy.models.timm_networks:timm_entry",
 }

@@ -1,7 +1,7 @@
 """Networks with a head on first-order and second-order statistics: `head:NAME` for every network NAME.
 
 `dsop-head:NAME` has a head on averages, and this head as an auxiliary branch, which is detached: DSoP on a
-network whose second-order head is known from a closed form.
+network whose second-order head is known from a closed form. `gated_head` has `gmsop-head:NAME`.
 
 The head replaces the classifier. Its input are, one after the other:
 
@@ -95,15 +95,8 @@ class PooledHead(nn.Module, ExportHints):
         lengths = {"gap": own_length, "mean": sum(channels.values()), "isqrt": 0}
         self.poolings = nn.ModuleDict()
         if "isqrt" in config.parts:
-            isqrt = ISqrtPoolingConfig(
-                width=config.width,
-                iterations=config.iterations,
-                prenorm=config.prenorm,
-                compensation="none",
-                reduction="linear",
-            )
             for tap, count in channels.items():
-                pooling = isqrt.build(count)
+                pooling = self.build_pooling(count)
                 self.poolings[tap.replace(".", "_")] = pooling
                 lengths["isqrt"] += pooling.out_features
 
@@ -119,8 +112,23 @@ class PooledHead(nn.Module, ExportHints):
 
         self.fc = nn.Linear(length, num_classes)
 
-    def vector(self, own_BD: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
-        """Concatenate the statistics to (B, D), float32 or float64."""
+    def build_pooling(self, channels: int) -> Any:
+        """Build the covariance pooling of a map of *channels*."""
+        isqrt = ISqrtPoolingConfig(
+            width=self.config.width,
+            iterations=self.config.iterations,
+            prenorm=self.config.prenorm,
+            compensation="none",
+            reduction="linear",
+        )
+        return isqrt.build(channels)
+
+    def pool(self, maps: Mapping[str, Tensor]) -> list[Tensor]:
+        """Compute the vector (B, d (d + 1) / 2) of the covariance of each map."""
+        return [self.pooling(tap)(maps[tap]) for tap in self.channels]
+
+    def vector(self, own_BD: Tensor, maps: Mapping[str, Tensor], *routing: Tensor) -> Tensor:
+        """Concatenate the statistics to (B, D), float32 or float64; a head with a gate also takes its weights."""
         statistics: list[Tensor] = []
         for part in self.config.parts:
             if part == "gap":
@@ -130,7 +138,7 @@ class PooledHead(nn.Module, ExportHints):
                     at_least_float32(maps[tap]).mean(dim=(2, 3)) for tap in self.channels
                 ]
             else:
-                statistics += [self.pooling(tap)(maps[tap]) for tap in self.channels]
+                statistics += self.pool(maps, *routing)
 
         vector_BD = torch.cat(statistics, dim=1) if len(statistics) > 1 else statistics[0]
         if not self.config.distance:
@@ -149,13 +157,13 @@ class PooledHead(nn.Module, ExportHints):
         """Return the covariance pooling of *tap*."""
         return cast(ISqrtPooling, self.poolings[tap.replace(".", "_")])
 
-    def forward(self, own_BD: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, own_BD: Tensor, maps: Mapping[str, Tensor], *routing: Tensor) -> Tensor:
         """Compute the (B, classes) logits.
 
         With `cosine`, the largest cosine to a class mean is added to log-probabilities, so that
         the log-sum-exp of the logits is this cosine.
         """
-        logits_BK: Tensor = self.fc(self.vector(own_BD, maps))
+        logits_BK: Tensor = self.fc(self.vector(own_BD, maps, *routing))
         if not self.config.cosine:
             return logits_BK
 
@@ -179,8 +187,12 @@ class PooledHead(nn.Module, ExportHints):
                 components_dC = principal_components(
                     [maps[tap] for maps in batches], self.config.width
                 )
-                convolution: Any = self.pooling(tap).layer_reduce
-                convolution.weight.copy_(components_dC[:, :, None, None])
+                self.set_projection(tap, components_dC)
+
+    def set_projection(self, tap: str, projection_dC: Tensor) -> None:
+        """Set the projection of the map at *tap*."""
+        convolution: Any = self.pooling(tap).layer_reduce
+        convolution.weight.copy_(projection_dC[:, :, None, None])
 
 
 class SecondOrderHead(Classifier):
@@ -191,6 +203,7 @@ class SecondOrderHead(Classifier):
     """
 
     inference_class = None
+    head_class: type[PooledHead] = PooledHead
 
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -201,7 +214,11 @@ class SecondOrderHead(Classifier):
             self.maps = self.channels_of_maps(head.taps)
 
         own_length = self.remove_classifier()
-        self.pooled_head = PooledHead(head, own_length, self.maps, num_classes)
+        self.pooled_head = self.head_class(head, own_length, self.maps, num_classes)
+
+    def start_from(self, fitted: "SecondOrderHead", others: Mapping[str, Tensor]) -> None:
+        """Load the weights of *fitted*, a network with the same head, and *others* of parts that it lacks."""
+        self.load_state_dict({**others, **fitted.state_dict()})
 
     def copy_with_head(self, head: HeadConfig) -> "SecondOrderHead":
         """Copy the network with another *head*, of random weights, on some of the maps of this one.
@@ -309,6 +326,7 @@ class DetachableHead(SecondOrderHead):
 def head_entry(prefix: str, name: str) -> Entry:
     """Build the entry of `head:NAME` or `dsop-head:NAME` for the network *name*: its options, and `head`.
 
+    Of another *prefix*, this is the entry of `head:NAME`, and errors name the prefix.
     Of `head:dsop-NAME`, the branches remain, and are detached before export. Raises `ConfigError`
     for a network with a head or other training-only parts.
     """
@@ -362,8 +380,12 @@ def _derive_detachable_classes(network: Any, config: Any) -> tuple[Any, Any]:
 
 
 def without_head(name: str) -> str:
-    """Return NAME of `head:NAME` and of `dsop-head:NAME`, and other names as they are."""
-    return name.removeprefix("dsop-").removeprefix("head:") if "head:" in name else name
+    """Return NAME of `head:NAME`, `dsop-head:NAME` and `gmsop-head:NAME`, and other names as they are."""
+    return (
+        name.removeprefix("dsop-").removeprefix("gmsop-").removeprefix("head:")
+        if "head:" in name
+        else name
+    )
 
 
 def head_name(name: str) -> str:
@@ -373,7 +395,8 @@ def head_name(name: str) -> str:
 
 def tuned_name(name: str) -> str:
     """Return the name of the network *name*, with its branches if it has any, with a head."""
-    return name if name.startswith("dsop-head:") else f"head:{without_head(name)}"
+    keeps_name = name.startswith(("dsop-head:", "gmsop-head:"))
+    return name if keeps_name else f"head:{without_head(name)}"
 
 
 def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead:

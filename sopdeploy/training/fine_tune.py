@@ -2,7 +2,7 @@
 
 1. Fit a head to the frozen network, as the few-shot procedure does, without the held-out photographs.
 2. Train the last stages from there, with branches if the network has them. The branch of `dsop-head:NAME` is
-   fitted in the same way. The last epoch counts.
+   fitted in the same way, and the components of `gmsop-head:NAME` start as copies. The last epoch counts.
 3. Fit the class means and the temperature again, and compare both networks on the held-out photographs by the
    rule of `sopdeploy compare`. The fine-tuned network is kept only if it is better.
 
@@ -32,8 +32,14 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import predict_logits, predict_unknown
 from sopdeploy.evaluation.statistics import TESTABLE
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
+from sopdeploy.models.base import is_in
 from sopdeploy.models.registry import create_model
-from sopdeploy.models.second_order_head import DetachableHead, SecondOrderHead, tuned_name
+from sopdeploy.models.second_order_head import (
+    POOLED_HEAD,
+    DetachableHead,
+    SecondOrderHead,
+    tuned_name,
+)
 from sopdeploy.photos.copies import Groups
 from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.training.callback import Callback
@@ -88,24 +94,28 @@ def _start(setup: Setup, folder: RunFolder, callback: Callback) -> tuple[LoopSta
     """
     frozen = fit_new(setup, callback)
     options = setup.model.config.model_dump()
-    options["head"] = frozen.network.config.model_dump()["head"]
+    options["head"] = options.get("head", {}) | frozen.network.config.model_dump()["head"]
     name = tuned_name(setup.recipe.model.name)
 
-    # The branches of DSoP, if there are any, start with the weights of *setup*; a branch that is a
-    # head starts from its own closed form.
-    tensors = setup.model.state_dict()
-    branches = {key: tensor for key, tensor in tensors.items() if key.startswith("branches.")}
+    # The branches of DSoP and the gate of GM-SOP, if there are any, start with the weights of *setup*; a
+    # branch that is a head starts from its own closed form.
+    own_parts = ("branches", f"{POOLED_HEAD}.gate")
+    others = {
+        key: tensor
+        for key, tensor in setup.model.state_dict().items()
+        if is_in(key, *own_parts)
+    }
     if isinstance(setup.model, DetachableHead):
         branch = fit_branch(setup, callback)
         options["branch"] = branch.config.model_copy(update={"cosine": False}).model_dump()
-        branches = {
+        others = {
             f"branch.{key}": tensor
             for key, tensor in branch.state_dict().items()
             if key != "means"  # of the cosine
         }
 
-    network = create_model(name, num_classes=len(setup.labels), **options)
-    network.load_state_dict({**branches, **frozen.network.state_dict()})
+    network: Any = create_model(name, num_classes=len(setup.labels), **options)
+    network.start_from(frozen.network, others)
 
     network = move_to_device(setup.recipe, network, setup.strategy)
     run = LoopState(replace(setup.without_seen(frozen.seen), model=network), frozen)

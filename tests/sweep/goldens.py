@@ -18,6 +18,7 @@ from sopdeploy.models.describe import describe
 from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.gsop import GSoP, GSoPEfficientNetLite
 from sopdeploy.models.registry import CATALOG, FAMILIES, create_model
+from sopdeploy.models.second_order_head import without_head
 from tests.sweep.smallest import ALL, VARIANTS
 from tests.sweep.steps import Small
 
@@ -43,9 +44,7 @@ def small_models(family: str) -> list[Small]:
     """List the small models of *family*; networks with a head are those of the catalog with one."""
     if family == HEADS:
         return [
-            small
-            for small in ALL
-            if small.name.removeprefix("head:") in CATALOG and ":" in small.name
+            small for small in ALL if without_head(small.name) in CATALOG and ":" in small.name
         ]
     return [small for small in (*ALL, *VARIANTS) if small.name in GOLDENS[family]]
 

@@ -52,11 +52,6 @@ LOWERED = (
     Small("gsop-net1-resnet26", 32, {"cov_width": 32, "block_stages": ("layer4",)}),
     Small("gsop-net1-efficientnet-lite0", 32, {**LITE, "cov_width": 32}),
     Small(
-        "gmsop-4-2-efficientnet-lite0",
-        64,
-        {**LITE, "component_widths": (6,), "gate_widths": (), "iterations": 2},
-    ),
-    Small(
         "avesop-16-resnet18",
         8,
         {**ONE_EACH, "components": 3, "component_widths": (6,), "iterations": 2},
@@ -68,6 +63,7 @@ LOWERED = (
         {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2},
     ),
     Small("head:resnet8", 16, {"head": {"taps": ("layer2.0", "layer3.0"), **NARROW}}),
+    Small("gmsop-head:resnet8", 16, {"head": {"gate_width": 4, **NARROW}}),
     Small("head:timm:test_efficientnet", 64, {"head": NARROW}),
 )
 # 242 operators: lowered by `make test-nightly`

@@ -41,11 +41,7 @@ SMALL: dict[str, list[str]] = {
     "fine-grained-isqrt-resnet50": [*ISQRT, *AT_16],
     "fine-grained-two-phase": [*ISQRT, *AT_16, "start.classifier_epochs=1"],
     "fine-tune-dsop": ["model.name=dsop-head:resnet8", *AT_16, *FROM_SCRATCH],
-    "fine-tune-gmsop": [
-        f"model.config={{{LITE}, component_widths=[6], gate_widths=[], iterations=2}}",
-        *AT_64,
-        *FROM_SCRATCH,
-    ],
+    "fine-tune-gmsop": ["model.name=gmsop-head:resnet8", *AT_16, *FROM_SCRATCH],
     "fine-tune-gsop": [f"model.config={{{LITE}, cov_width=32}}", *AT_64, *FROM_SCRATCH],
     "fine-tune-isqrt": [*PLAIN, *AT_16, *FROM_SCRATCH],
     "fine-tune-plain": [*PLAIN, *AT_16, *FROM_SCRATCH],

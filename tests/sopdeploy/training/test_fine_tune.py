@@ -65,6 +65,12 @@ BRANCHES = [
     "model.config={base_width=4, aux_widths=[8,8,8], iterations=2}",
 ]
 DETACHABLE = ["model.name=dsop-head:resnet8", "model.config={base_width=4}"]
+GATED = [
+    "model.name=gmsop-head:resnet8",
+    "model.config={base_width=4, head={gate_width=4}}",
+    "procedure.head=gap+isqrt",
+]
+GENTLE = ["epochs=1", "optimizer.lr=1e-12", "optimizer.weight_decay=0"]
 # Random features are weak, so learning helps
 KEPT = [*FINE_TUNE, *PLAIN, "optimizer.lr=0.02", "epochs=5"]
 UNDECIDED = [*FINE_TUNE, *PLAIN, "optimizer.lr=1e-6", "epochs=1"]  # hardly a weight changes
@@ -209,7 +215,9 @@ def test_equal_files_with_different_labels_are_one_warning(tmp_path: Path, kind:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "network", [PLAIN, BRANCHES, DETACHABLE], ids=["plain", "branches", "a head as branch"]
+    "network",
+    [PLAIN, BRANCHES, DETACHABLE, GATED],
+    ids=["plain", "branches", "a head as branch", "a gate"],
 )
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, network: list[str]) -> None:
     settings = recipe(*FINE_TUNE, *network, "optimizer.lr=0.01", "epochs=2")
@@ -262,8 +270,9 @@ def test_a_signal_after_the_cross_validation_stops_the_run(
     [
         (BRANCHES, "head:dsop-resnet8", "train_layer1_0", "branches"),
         (DETACHABLE, "dsop-head:resnet8", "train_branch", "branch"),
+        (GATED, "gmsop-head:resnet8", "train_balance", "pooled_head.gate.noise"),
     ],
-    ids=["branches", "a head as branch"],
+    ids=["branches", "a head as branch", "the noise of a gate"],
 )
 def test_branches_of_the_network_train_it_and_are_detached_with_proof(
     tmp_path: Path,
@@ -289,16 +298,32 @@ def test_branches_of_the_network_train_it_and_are_detached_with_proof(
 
 
 def test_a_head_that_is_detached_starts_from_its_own_closed_form(tmp_path: Path) -> None:
-    gentle = ["epochs=1", "optimizer.lr=1e-12", "optimizer.weight_decay=0"]
     with few_digits(14):
-        detachable = train_recipe(recipe(*FINE_TUNE, *DETACHABLE, *gentle), tmp_path / "branch")
-        second_order = [*FINE_TUNE, *PLAIN, *gentle, "procedure.head=gap+isqrt"]
+        detachable = train_recipe(recipe(*FINE_TUNE, *DETACHABLE, *GENTLE), tmp_path / "branch")
+        second_order = [*FINE_TUNE, *PLAIN, *GENTLE, "procedure.head=gap+isqrt"]
         alone = train_recipe(recipe(*second_order), tmp_path / "alone")
     branch = read_checkpoint(detachable.last).weights
     head = read_checkpoint(alone.last).weights
 
     for name in ("fc.weight", "fc.bias"):
         assert torch.allclose(branch[f"branch.{name}"], head[f"pooled_head.{name}"], atol=1e-5)
+
+
+def test_a_gated_head_starts_as_the_closed_form_of_one_without_a_gate(tmp_path: Path) -> None:
+    with few_digits(14):
+        held_out = open_digits().held_out
+        result = train_recipe(recipe(*FINE_TUNE, *GATED, *GENTLE), tmp_path / "run")
+    last = read_checkpoint(result.last)
+    logits = [
+        predict_logits(
+            build_classifier(checkpoint, result.last),
+            PreprocessedDataset(held_out, last.preprocess),
+            last.preprocess,
+        )[0]
+        for checkpoint in (last, read_frozen(last, result.last))
+    ]
+    assert last.model == "gmsop-head:resnet8"
+    assert np.allclose(*logits, atol=1e-4)
 
 
 @pytest.mark.parametrize(
