@@ -13,7 +13,6 @@ COPY sopdeploy/ sopdeploy/
 COPY export/ export/
 COPY service/ service/
 COPY commands/ commands/
-COPY plugins/ plugins/
 COPY examples/photos/ examples/photos/
 # Everything after lock/build.txt is installed by the pip in it: that of the base image rejects extras in a file with hashes as
 # soon as the index has a newer version of the package (https://github.com/pypa/pip/issues/12345).

@@ -44,7 +44,7 @@ BUILD = env SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/uv build --buil
 ALONE := env -u PYTHONPATH nice .venv/bin
 # uv resolves only the lowest versions of what it is asked for, not those of a wheel's dependencies.
 ALONE_CONSTRAINT = $(addprefix ../../,$(LOCK)$(if $(LOWEST),$(VENV)/lowest.txt))
-INSTALL_ALONE = UV_CONSTRAINT=$(ALONE_CONSTRAINT) UV_BUILD_CONSTRAINT=$(ALONE_CONSTRAINT) nice ../../$(BIN)/uv pip install --quiet --exact --python .venv/bin/python "$$(ls *.whl)
+INSTALL_ALONE = UV_CONSTRAINT=$(ALONE_CONSTRAINT) UV_BUILD_CONSTRAINT=$(ALONE_CONSTRAINT) nice ../../$(BIN)/uv pip install --quiet --exact --python .venv/bin/python "$$(ls sopdeploy-*.whl)
 EVERY_COMMAND = $(ALONE)/python ../../deploy/every_command.py bundles/latest
 # Unit tests that start no other process; `make quick` runs them.
 UNIT := $(addprefix tests/sopdeploy/,layers backbones images data bundle evaluation) \
@@ -168,17 +168,21 @@ soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting client
 	$(BIN)/python benchmarks/soak.py $(SOAK)
 
 # From an archive: an sdist of the checkout would have its photos and keys, too.
-dist: $(STAMP)  ## sdist and wheel of the commit in dist/, reproducible
+dist: $(STAMP)  ## sdists and wheels of the commit in dist/, reproducible
 	rm -rf build/source && mkdir -p build/source
 	git archive --output build/source.tar HEAD && tar -xf build/source.tar -C build/source
 	$(BUILD) --out-dir dist build/source
+	$(BUILD) --out-dir dist build/source/plugins/papers
 
-# One environment with changing extras: torch is installed and compiled once. Two lack a runtime, two lack torch.
-wheel-test: $(STAMP)  ## build the wheel, install it with changing extras, train with [train], run every command with each
+# One environment with changing extras: torch is installed and compiled once. Two lack a runtime, two lack torch, and
+# only the first has the papers.
+wheel-test: $(STAMP)  ## build the wheels, install them with changing extras, train with [train], run every command with each
 	rm -rf build/wheel
 	nice $(BUILD) --wheel --out-dir build/wheel
+	nice $(BUILD) --wheel --out-dir build/wheel plugins/papers
 	$(BIN)/uv venv --quiet --python $(BIN)/python build/wheel/.venv
-	cd build/wheel && $(INSTALL_ALONE)[train,cpu]"
+	cd build/wheel && $(INSTALL_ALONE)[train,cpu]" sopdeploy_papers-*.whl
+	cd build/wheel && $(ALONE)/sopdeploy reproduce dsop-9a --dry-run
 	cd build/wheel && $(ALONE)/sopdeploy train --recipe digits-dsop --set epochs=1 --out run
 	cd build/wheel && $(ALONE)/sopdeploy export run/best.pt --detach --max-batch 1 --out bundles
 	cd build/wheel && $(INSTALL_ALONE)[train]" && $(EVERY_COMMAND)
@@ -230,9 +234,9 @@ lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions, for ima
 	$(COMPILE) --group cuda-stand-in --no-deps --constraint deploy/lock/gpu.txt --output-file deploy/lock/cuda-stand-in.txt
 	! command -v npm || npm install --package-lock-only --omit-lockfile-registry-resolved --prefix deploy/samples/javascript
 
-$(STAMP): pyproject.toml $(LOCK)
+$(STAMP): pyproject.toml plugins/papers/pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python deploy/install.py $(if $(LOCK),,--upgrade) --editable '$(INSTALLED)'
+	$(BIN)/python deploy/install.py $(if $(LOCK),,--upgrade) --editable '$(INSTALLED)' --editable plugins/papers
 	$(if $(LOWEST),$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable > $(VENV)/lowest.txt)
 	touch $@
 

@@ -11,7 +11,7 @@ that sopdeploy does not have, and where names are listed, as by `sopdeploy model
 `SOPDEPLOY_PLUGINS=off` switches plug-ins off. Names of this project come first. Optimizers and
 teachers are added to `OPTIMIZERS` and `TEACHERS` directly.
 
-Packages of the wheel itself, such as that of the papers, name a function that registers their
+The packages of this project, such as `sopdeploy-papers`, name a function that registers their
 names. It is always called, and imports no torch: it registers `module:name` in place of an
 object.
 """
@@ -31,11 +31,12 @@ from sopdeploy.nearest import did_you_mean
 # groups of entry points
 _GROUP = "sopdeploy.plugins"
 RECIPES = "sopdeploy.recipes"
-_THIS_PROJECT = "sopdeploy"
+_PAPERS = "sopdeploy-papers"
+_THIS_PROJECT = ("sopdeploy", _PAPERS)
 VARIABLE = "SOPDEPLOY_PLUGINS"
 # of the teacher that is trained with its student
 JOINT = "joint"
-# Names of `plugins/papers`, which an error tells to install where the package is missing.
+# Names of `sopdeploy-papers`, which an error tells to install where the package is missing.
 OF_PAPERS = {"adahessian", JOINT, "psdr-resnet50", "psdr-resnet50-no-aux"}
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _Item = TypeVar("_Item")
@@ -140,7 +141,7 @@ class PluginRegistry(Generic[_Item]):
     def suggest(self, name: str, otherwise: str = "") -> str:
         """Ask "did you mean NAMES?" with the known names nearest to *name*; *otherwise* if none is near."""
         if name in OF_PAPERS:
-            return f"the {self.kind} {name} is part of plugins/papers; install this package"
+            return f"the {self.kind} {name} is part of {_PAPERS}; run: pip install {_PAPERS}"
         return did_you_mean(name, [*self.own(), *self.registered], otherwise)
 
 
@@ -179,17 +180,17 @@ def import_plugins() -> list[str]:
 
 
 def register_own_packages() -> None:
-    """Let the other packages of this project's wheel register their names."""
+    """Let the other packages of this project register their names."""
     for point in own_entry_points(_GROUP):
         point.load()()
 
 
 @cache
 def own_entry_points(group: str) -> tuple[EntryPoint, ...]:
-    """List the entry points of this project in *group*, by the metadata of its own installation."""
+    """List the entry points of this project in *group*, by the metadata of its own installations."""
     points = entry_points(group=group)
     return tuple(
-        point for point in points if point.dist is not None and point.dist.name == _THIS_PROJECT
+        point for point in points if point.dist is not None and point.dist.name in _THIS_PROJECT
     )
 
 

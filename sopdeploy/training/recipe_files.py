@@ -51,7 +51,7 @@ def list_recipes() -> list[str]:
 
 
 def _packaged() -> dict[str, Traversable]:
-    """Find the packaged recipes by name: those of sopdeploy, and of other packages of its wheel."""
+    """Find the packaged recipes by name: those of sopdeploy, and of other packages of this project."""
     packages = ["sopdeploy.recipes", *(point.module for point in own_entry_points(RECIPES))]
 
     return {

@@ -114,11 +114,12 @@ def checked(*command: str | Path, stdin: str = "") -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel into a folder; skip without uv or a package index."""
+    """Build the wheels into a folder; skip without uv or a package index."""
     out = tmp_path_factory.mktemp("index")
     if not UV.is_file():
         pytest.skip("uv is not installed")
-    checked(UV, "build", "--quiet", "--wheel", "--out-dir", out, ROOT)
+    for project in (ROOT, ROOT / "plugins" / "papers"):
+        checked(UV, "build", "--quiet", "--wheel", "--out-dir", out, project)
     return out
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -427,6 +428,29 @@ def test_help_lists_its_command_without_importing_it() -> None:
     )
 
     assert "reproduce" in done.stdout
+
+
+class Hides(MetaPathFinder):
+    """Finds no module of the package, as if it were not installed."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] == "sopdeploy_papers":
+            raise ModuleNotFoundError(name=name)
+
+
+@pytest.mark.parametrize("arguments", [["dsop-9a"], ["--help"]])
+def test_without_the_package_the_command_is_one_line_that_says_what_to_install(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [name for name in sys.modules if name.startswith("sopdeploy_papers")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "meta_path", [Hides, *sys.meta_path])
+    result = CliRunner().invoke(app, ["reproduce", *arguments])
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "sopdeploy[papers]" in result.stderr
+    assert result.stderr.endswith("[not_installed]\n")
 
 
 def test_the_page_shows_the_code_of_the_example() -> None:
