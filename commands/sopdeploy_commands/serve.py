@@ -93,6 +93,8 @@ def serve(
 
         >>> sopdeploy.serve("bundles/photos-3f6c01d2a4b7", port=8000)
         ready: http://127.0.0.1:8000  photos-3f6c01d2a4b7
+        web page: http://127.0.0.1:8000/
+        API docs: http://127.0.0.1:8000/docs
         0
     """
     sources = [bundles] if isinstance(bundles, str | Path) else list(bundles)

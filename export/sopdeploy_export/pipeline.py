@@ -34,7 +34,7 @@ from sopdeploy.errors import (
 )
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.describe import name_network
+from sopdeploy.models.describe import describe_exported, name_network
 from sopdeploy.names import label_problem
 from sopdeploy.project import Origin
 from sopdeploy_export.admit.network import (
@@ -463,6 +463,9 @@ def _collect(
     trained_costs, shipped_costs = count_costs(network, parts, subject.preprocess)
     return ExportResults(
         network=name_network(subject.name, network, parts),
+        headline=describe_exported(
+            subject.name, network, parts, len(subject.labels), shipped_costs.parameters
+        ),
         certificate=certificate,
         parity=measured.parity,
         precision=file.precision,

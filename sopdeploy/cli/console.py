@@ -179,9 +179,22 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str | Text]]) ->
         out.width = width
 
 
-def print_field(label: str, text: str, *, style: str = "bold") -> None:
-    """Print *label* in *style*, padded to 8 columns, followed by *text* without markup."""
-    out.print(Text.assemble((f"{label:8}", style), " ", plain_text(text)))
+def print_field(label: str, text: str, *, style: str = "bold", width: int = 8) -> None:
+    """Print *label* in *style*, padded to *width* columns, followed by *text* without markup."""
+    out.print(Text.assemble((f"{label:{width}}", style), " ", plain_text(text)))
+
+
+def print_check(label: str, text: str, holds: bool | None = True) -> None:
+    """Print a field with a mark before its *text*: a check mark if it *holds*, or "!".
+
+    None prints "-", for what could not be checked.
+    """
+    mark, style = {True: ("✓", "green"), False: ("!", "bold yellow"), None: ("-", "dim")}[holds]
+    try:
+        mark.encode(out.encoding)
+    except UnicodeEncodeError:  # of a terminal that does not show UTF-8
+        mark = "ok"
+    out.print(Text.assemble((f"{label:8}", "bold"), " ", (mark, style), " ", plain_text(text)))
 
 
 def print_error(message: str, code: str) -> None:

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.config import FieldValues, StrictModel
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, shorten
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture import Components
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.families import SECOND_ORDER, describe_options
 from sopdeploy.models.registry import create_model, entry, make_config
+from sopdeploy.models.second_order_head import without_head
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # the divisors of GSoP's Table 5
@@ -390,6 +391,40 @@ def name_network(name: str, network: nn.Module, removed: Sequence[str] = ()) -> 
 
     plain = _plain_network(name, network)
     return f"{named} without {', '.join(removed)}{f', which is {plain}' if plain else ''}"
+
+
+def describe_exported(
+    name: str, network: nn.Module, removed: Sequence[str], num_classes: int, parameters: int
+) -> str:
+    """Say what is left of *network* without its *removed* parts, and how it was trained.
+
+    An example is "ResNet-8 for 10 classes, 75,290 parameters, trained with DSoP, branches removed".
+    *parameters* counts what is left. The *name* is looked up as in `name_network`.
+    """
+    title = name
+    trained = ""
+    if isinstance(network, Classifier):
+        # A network of a family is called after what is left of it, if that is in the catalog.
+        family, _, rest = name.partition("-")
+        if removed and family in SECOND_ORDER and _is_in_catalog(rest):
+            title = rest
+            trained = f", trained with {SECOND_ORDER[family]}"
+        if _is_in_catalog(title):
+            title = entry(without_head(title)).title
+        if "isqrt" in getattr(getattr(network.config, "head", None), "kind", ""):
+            title += " with a second-order head"
+
+    classes = "1 class" if num_classes == 1 else f"{num_classes:,} classes"
+    parts = f", {shorten(removed)} removed" if removed else ""
+    return f"{title} for {classes}, {parameters:,} parameters{trained}{parts}"
+
+
+def _is_in_catalog(name: str) -> bool:
+    try:
+        entry(name)
+    except ConfigError:
+        return False
+    return True
 
 
 def _plain_network(name: str, network: Classifier) -> str:

@@ -5,6 +5,7 @@ torch.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -44,6 +45,12 @@ class Entry:
         from sopdeploy.models.base import as_classifier  # noqa: PLC0415 # imports torch
 
         return as_classifier(import_if_named(self.network_source))
+
+    @property
+    def title(self) -> str:
+        """What the summary calls the network, without its explanations: "ResNet-8", "DSoP on ResNet-18"."""
+        explanations = r" \([^)]*\)| for \d+-pixel images|[:,] .*"
+        return re.sub(explanations, "", self.summary).removeprefix("plain ")
 
     @property
     def config(self) -> type[StrictModel]:

@@ -1,23 +1,23 @@
-"""The page about an export has facts that lead to their statements."""
+"""The page about an export has its sentence as a heading, and a row for each statement."""
 
 import re
 
-from sopdeploy.html.report import HtmlReport, Section, render
-from sopdeploy_export.pack.model_card import _facts_table, _statements_table
-from sopdeploy_export.prove.certificate import STATEMENTS
+from sopdeploy_export.pack.results import Exported
+from sopdeploy_export.prove.certificate import STATEMENTS, STEPS
 
 
-def test_each_fact_that_a_statement_proves_leads_to_it() -> None:
-    facts = {"graph": "trained = plain", "types": "fp32", "numerical error": "1 rounding error"}
-    tables = [_facts_table(facts), _statements_table()]
-    page = render(HtmlReport(title="export", sections=[Section(title="proved", tables=tables)]))
-    links = re.findall(r'<a href="#([\w-]+)">([^<]*)</a>', page)
+def test_the_page_is_headed_by_what_was_exported_and_lists_each_statement_once(
+    branched: Exported,
+) -> None:
+    page = branched.page.read_text(encoding="utf-8")
+    assert re.findall("<h1>(.*?)</h1>", page) == [branched.headline]
+    checks = branched.checks()
+    assert [check.statement for check in checks] == [*STATEMENTS] == [*STEPS]
+    assert [check.evidence for check in checks] == [*branched.certificate.statements.values()]
+    for check in checks:
+        assert check.text.replace("'", "&#39;") in page
+    assert all(check.holds for check in checks)
 
-    assert links == [("statement-graph", "Graph"), ("statement-file", "File")]
 
-    ids = re.findall(r'<tr id="([\w-]+)">', page)
-    assert len(ids) == len(set(ids)) == len(STATEMENTS)
-    assert {name for name, _ in links} <= set(ids)
-
-    sentences = [statement.STATEMENT for statement in STATEMENTS.values()]
-    assert [text for text in sentences if text.replace("'", "&#39;") not in page] == []
+def test_accuracy_is_not_among_the_facts_of_an_export(branched: Exported) -> None:
+    assert {"accuracy", "rejection", "log loss"}.isdisjoint(branched.facts())

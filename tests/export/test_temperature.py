@@ -138,9 +138,9 @@ def test_certificate_manifest_and_card_name_the_divided_tensors(
         assert tensor.after == kept[tensor.name] != tensor.before
 
     card = (divided.path / "README.md").read_text(encoding="utf-8")
-    for text in (card, divided.lines()["logits"], verify(divided.path, SETTINGS).logits):
-        assert "temperature 0.3" in text
-    assert "divided by 0.3" in divided.lines()["proof"]
+    for text in (card, divided.notable_facts()["logits"], verify(divided.path, SETTINGS).logits):
+        assert "divided by the temperature 0.3" in text
+    assert "trained (classifier divided by 0.3) = " in divided.facts()["graph"]
     assert read_card(open_bundle(divided.path)).certificate.divided_by == TEMPERATURE
 
 
@@ -150,9 +150,9 @@ def test_with_the_option_nothing_was_divided_and_the_decision_divides(kept: Expo
     assert manifest.decision == decide().for_trained_logits()
 
     card = (kept.path / "README.md").read_text(encoding="utf-8")
-    for text in (card, kept.lines()["logits"], verify(kept.path, SETTINGS).logits):
-        assert "temperature 0.3" in text
-    assert "divided by" not in kept.lines()["proof"]
+    for text in (card, kept.notable_facts()["logits"], verify(kept.path, SETTINGS).logits):
+        assert "divide them by the temperature 0.3" in text
+    assert "divided by" not in kept.facts()["graph"]
 
 
 Values = tuple[list[Any], list[float]]  # what must be equal, and what may differ by rounding

@@ -12,7 +12,7 @@ import pydantic
 
 from sopdeploy.class_names import read_class_names
 from sopdeploy.cli.command import command, expand_options
-from sopdeploy.cli.console import print_field
+from sopdeploy.cli.console import print_check, print_field
 from sopdeploy.config import StrictModel, first_problem, parse_json
 from sopdeploy.environment import SLOW_INT8, garbage_kept, import_optional, lacks_vnni
 from sopdeploy.errors import (
@@ -61,15 +61,26 @@ EXAMPLE = (
 
 
 def show_export(exported: "Exported", *, verbose: bool = False) -> None:
-    """Print what was removed, proved and measured in four lines, or all facts, and the warnings.
+    """Print what the network is, what was checked, and the warnings.
 
     Args:
-        verbose: Print one line per fact.
+        verbose: Print all facts, one line each, before the checks.
     """
-    lines = exported.lines()
-    shown = {**exported.facts(), "bundle": lines["bundle"]} if verbose else lines
-    for name, text in shown.items():
-        print_field(name, text)
+    print_field("network", exported.headline)
+    if verbose:
+        facts = exported.facts()
+        width = max(map(len, facts))
+        for name, text in facts.items():
+            print_field(name, text, width=width)
+    else:
+        print_field("size", exported.size())
+
+    for check in exported.checks():
+        print_check(check.evidence, check.text, check.holds)
+    if not verbose:
+        for name, text in exported.notable_facts().items():
+            print_field(name, text)
+    print_field("bundle", f"{exported.path} ({exported.seconds:.0f} s)", style="bold green")
 
     # What a user must know before the bundle serves: int8 here, and an error that was allowed.
     warnings = list(exported.warnings)

@@ -1,7 +1,8 @@
 """`sopdeploy predict`: classify images without a server, with the same code."""
 
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -47,6 +48,12 @@ class FilePrediction(Classes):
             for key, value in dump(self).items()
             if value is not None or key == "error"
         }
+
+
+class Predictions(tuple[FilePrediction, ...]):
+    """The predictions of `predict`, one per image; `seconds` is the time that each took."""
+
+    seconds: tuple[float, ...]
 
 
 def predict_one(
@@ -99,16 +106,18 @@ def predict_one(
     return FilePrediction.of(answer, loaded.bundle.labels, decoded.warnings, image=name)
 
 
-def print_prediction(prediction: FilePrediction) -> None:
-    """Print the classes of an image and, if they are explained, the cell on which the first depends most."""
+def print_prediction(prediction: FilePrediction, seconds: float) -> None:
+    """Print the classes of an image, the time that it took, and where it was explained, the most important cell."""
     ranked = [f"{each.label} {each.probability:.4f}" for each in prediction.classes]
     classes = ", ".join(ranked) or "no class reaches its threshold"
-    warnings = f" ({', '.join(prediction.warnings)})" if prediction.warnings else ""
+    notes = ", ".join([f"{1000 * seconds:.0f} ms", *prediction.warnings])
     unknown = "looks unlike the training photos; closest: " if prediction.known is False else ""
 
     image = plain_text(f"{prediction.image}:")
     out.print(
-        Text.assemble(image, " ", (unknown, "yellow"), plain_text(classes), (warnings, "dim"))
+        Text.assemble(
+            image, " ", (unknown, "yellow"), plain_text(classes), (f" ({notes})", "dim")
+        )
     )
     if prediction.explanation is not None:
         # What the first class loses if a cell of the image is hidden.
@@ -123,15 +132,15 @@ def print_prediction(prediction: FilePrediction) -> None:
         out.print(Text.assemble("  ", loss))
 
 
-def _show(predictions: Sequence[FilePrediction], *, as_json: bool) -> int:
+def _show(predictions: Predictions, *, as_json: bool) -> int:
     """Print the predictions and the errors; the exit code is 2 if an image has an error."""
     if as_json:
         print_json(as_data(list(predictions)))
-    for prediction in predictions:
+    for prediction, seconds in zip(predictions, predictions.seconds, strict=True):
         if prediction.error is not None:
             print_error(f"{prediction.image}: {prediction.error.detail}", prediction.error.code)
         elif not as_json:
-            print_prediction(prediction)
+            print_prediction(prediction, seconds)
 
     has_error = any(prediction.error is not None for prediction in predictions)
     return DataError.exit_code if has_error else 0
@@ -153,7 +162,7 @@ def predict(
     explain: bool = False,
     runtime: str | None = None,
     **settings: Any,
-) -> tuple[FilePrediction, ...]:
+) -> Predictions:
     """Classify image files without a server, with the same results as the service.
 
     Args:
@@ -166,7 +175,8 @@ def predict(
         **settings: Settings of the server that apply to predictions, for example `threads=1`.
 
     Returns:
-        One prediction per image. A file that is not a valid image gets an `error`.
+        One prediction per image, and in `seconds` the time that each took. A file that is not a valid image
+        gets an `error`.
 
     Raises:
         DataError: A file cannot be read, or an array is not an image.
@@ -194,12 +204,18 @@ def predict(
     loaded_settings = load_settings(top_k=top_k, runtime=runtime, **settings)
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []
+    seconds = []
     for number, source in enumerate(sources):
         name = name_image(source, number)
+        started = time.perf_counter()
         with naming(name, DataError):
             prediction = predict_one(loaded, source, name, loaded_settings, explain=explain)
         predictions.append(prediction)
-    return tuple(predictions)
+        seconds.append(time.perf_counter() - started)
+
+    results = Predictions(predictions)
+    results.seconds = tuple(seconds)
+    return results
 
 
 def _are_several(images: Any) -> TypeGuard[Iterable[Any]]:

@@ -13,9 +13,9 @@ from sopdeploy.bundle.probes import Probes, Replay, read_probes
 from sopdeploy.bundle.second_order import NOTHING, count_second_order
 from sopdeploy.bundle.statements import Statements, read_statements
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import print_field
+from sopdeploy.cli.console import print_check, print_field
 from sopdeploy.config import StrictModel, parse_json
-from sopdeploy.errors import BundleError
+from sopdeploy.errors import BundleError, amount
 from sopdeploy.images.decode import decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import translating_errors
@@ -57,38 +57,39 @@ class Verification(StrictModel):
 
 
 def _show(result: Verification) -> None:
-    """Print one line per check."""
-    print_field(
-        "files",
-        f"{result.num_files} complete, {result.bytes:,} bytes, sha256 equal, id {result.id}",
+    """Print a line for each thing that was checked here, then the notes."""
+    print_check(
+        "files", f"{result.num_files} files, {result.bytes:,} bytes, have the recorded sha256"
     )
-    graph = "its hash was not computed again, because onnx is not installed: pip install onnx"
-    if result.onnx_root is not None:
-        graph = f"hash {result.onnx_root[:16]}, computed again from model.onnx: as exported"
-    print_field("graph", graph)
-    if result.second_order:
-        print_field("lowered", result.second_order)
-    if result.logits:
-        print_field("logits", result.logits)
 
-    # What the export did, which is not done again here.
-    for evidence in ("proved", "measured"):
-        titles = [title for title, how in result.statements.items() if how == evidence]
-        if titles:
-            print_field(evidence, f"by the export: {', '.join(titles)}")
+    # What the graph computes of second order, if anything, was counted again.
+    if result.onnx_root is None:
+        reason = "not computed again, because onnx is not installed: pip install onnx"
+        print_check("graph", f"hash {reason}", None)
+    else:
+        computes = f": {result.second_order}" if result.second_order else ""
+        print_check("graph", f"model.onnx has the graph that was exported{computes}")
 
-    # What was computed again: the outputs for the reference images, then the exporter's JPEG examples.
-    for replay in result.replays:
-        for text in replay.lines():
-            print_field("outputs", f"{text} on {result.runtime}")
+    # The largest deviation of each output over all batch sizes.
+    batches = " and ".join(str(replay.batch) for replay in result.replays)
+    first = result.replays[0]
+    deviations = [
+        f"{name} differ by at most {max(replay.deviation[name] for replay in result.replays):.2g} "
+        f"(allowed {tolerance:.2g})"
+        for name, tolerance in first.tolerance.items()
+    ]
+    print_check(
+        "outputs",
+        f"{', '.join(deviations)} for {first.num_images} reference images, in batches of {batches}, "
+        f"on {result.runtime}",
+    )
     if result.golden:
-        print_field(
-            "golden", f"{result.golden} JPEG files give the exporter's pixels and logits"
-        )
+        files = f"{amount(result.golden, 'JPEG file')} of the bundle"
+        print_check("images", f"{files} decoded to the same pixels, with the same logits")
 
     for note in result.notes:
         print_field("note", note, style="bold yellow")
-    print_field("verified", str(result.bundle), style="bold green")
+    print_field("verified", f"{result.bundle}, id {result.id}", style="bold green")
 
 
 @command(_show, examples=("sopdeploy verify bundles/photos-3f6c01d2a4b7",), keys=("runtime",))

@@ -12,7 +12,7 @@ from sopdeploy.html.report import HtmlReport, Section, Table, insert_names, rend
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.summary import training_rows
 from sopdeploy_export.pack.results import Exported, ExportResults
-from sopdeploy_export.prove.certificate import STATEMENTS, evidence_of
+from sopdeploy_export.prove.certificate import EXPLAINED
 from sopdeploy_export.subject import ExportSubject
 
 MAX_LABELS = 20
@@ -21,16 +21,7 @@ MAX_LABELS = 20
 MARKDOWN = re.compile(
     r"([\\`*\[\]#~|!@]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//))", re.IGNORECASE
 )
-# The statement of the certificate that a fact is about
-STATEMENT_OF = {
-    "removed": "Removed",
-    "kept": "Removed",
-    "graph": "Graph",
-    "plain run": "Plain run",
-    "batch": "Images",
-    "numerical error": "File",
-    "top class": "File",
-}
+MARKS = {True: "✓", False: "!", None: "-"}  # whether a statement holds, as `Check.holds` says
 INT8_SESSION = f"""
 In your own program, open model.onnx with this option. Without it, ONNX Runtime computes other results on
 x86 processors without VNNI:
@@ -46,37 +37,30 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
 
     Raises `StorageError` if it cannot be written.
     """
-    facts = exported.facts()
     bundle = str(exported.path)
     path = exported.path.with_name(f"{exported.path.name}.html")
 
     # How it compares with the trained network, and the first of its classes.
-    difference = "differs from the trained one"
+    predicts = "differs from the trained one"
     if exported.parity.passed:
-        difference = "predicts like the trained one"
+        predicts = "predicts like the trained one"
+    facts = exported.facts()
+    top_class = facts["top class"]
     shown = labels[:MAX_LABELS]
     more = f" and {len(labels) - MAX_LABELS} more" if len(labels) > MAX_LABELS else ""
     classes = f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}"
 
     content = HtmlReport(
-        title=exported.manifest.project,
+        title=exported.headline,
         text=[
-            insert_names("Network: {}", exported.network),
-            f"The exported network {difference}: top class {facts['top class']}; {facts['batch']}.",
-            insert_names(classes, *shown),
+            f"The exported network {predicts}: the top class is {top_class}.",
+            insert_names(f"Project {{}}, {classes}", exported.manifest.project, *shown),
             insert_names("Next: {}", f"sopdeploy serve {quote(bundle)}", tag="code"),
         ],
-        tiles={
-            "megabytes": f"{exported.parity.file_bytes / 1e6:.1f}",
-            "million parameters": f"{exported.shipped.parameters / 1e6:.2f}",
-            "million multiply-adds": f"{exported.shipped.macs / 1e6:,.0f}",
-        },
+        tiles=exported.sizes(),
         sections=[
             Section(title="Warnings", text=exported.warnings),
-            Section(
-                title="What was proved and measured",
-                tables=[_facts_table(facts), _statements_table()],
-            ),
+            Section(title="What was checked", tables=[_checks_table(exported)]),
             Section(
                 title="Use",
                 text=[
@@ -97,6 +81,17 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
                     ),
                 ],
             ),
+            Section(
+                title="All facts",
+                folded=True,
+                tables=[
+                    Table(
+                        caption="Also in the README.md of the bundle",
+                        columns=["what", "result"],
+                        rows=[*facts.items()],
+                    )
+                ],
+            ),
         ],
     )
     with writing(path), atomic_write(path) as partial:
@@ -104,35 +99,17 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
     return path
 
 
-def _facts_table(facts: Mapping[str, str]) -> Table:
-    """List *facts*, with links to the statements that they are about."""
-    names = [STATEMENT_OF.get(fact, "") for fact in facts]
-    return Table(
-        caption="All facts",
-        columns=["what", "result", "statement"],
-        rows=[(*fact, name) for fact, name in zip(facts.items(), names, strict=True)],
-        links={(row, 1): _anchor(name) for row, name in enumerate(names) if name},
-    )
-
-
-def _statements_table() -> Table:
-    """List what the statements of the certificate say, and whether they are proved or measured."""
+def _checks_table(exported: Exported) -> Table:
+    """List what was proved and measured, and name the page that explains it."""
     rows = [
-        (f"{number}. {name}", evidence_of(name), module.STATEMENT)
-        for number, (name, module) in enumerate(STATEMENTS.items(), 1)
+        (f"{MARKS[check.holds]} {check.statement}", check.evidence, check.text)
+        for check in exported.checks()
     ]
     return Table(
-        caption="The export stops at the first statement that does not hold. A proved statement holds for images and "
-        "weights of any values. A measured one held on the images that the export ran. None says how accurate the "
-        "network is.",
+        caption=f"{EXPLAINED} explains these statements. None of them says how accurate the network is.",
         columns=["statement", "how it is known", "what holds"],
         rows=rows,
-        names=[_anchor(name) for name in STATEMENTS],
     )
-
-
-def _anchor(name: str) -> str:
-    return f"statement-{name.lower().replace(' ', '-')}"
 
 
 def render_model_card(
@@ -157,11 +134,15 @@ def render_model_card(
 
     # Lists of the training and of the results.
     rows = training_rows(subject.training)
+    decision = () if results.decision is None else results.decision.rows()
     training = "\n".join(
-        f"- {as_markdown(key)}: {as_markdown(str(value))}" for key, value in rows
+        f"- {as_markdown(key)}: {as_markdown(str(value))}" for key, value in (*rows, *decision)
     )
     described = results.facts()
     logits = described.pop("logits", "")  # belongs to the outputs
+    checks = "\n".join(
+        f"- {check.evidence}: {as_markdown(check.text)}" for check in results.checks()
+    )
     facts = "\n".join(f"- {name}: {as_markdown(text)}" for name, text in described.items())
 
     resizing = _describe_resizing(preprocess)  # the template ends the sentence
@@ -172,8 +153,7 @@ def render_model_card(
     session = INT8_SESSION if int8 is not None and int8.runtime == "cpu" else ""
     return f"""# {subject.project}
 
-An image classifier, the network {as_markdown(results.network)}, exported by
-sopdeploy {fields["versions"]["sopdeploy"]}.
+An image classifier: {as_markdown(results.headline)}. Exported by sopdeploy {fields["versions"]["sopdeploy"]}.
 
 Classes: {labels}
 
@@ -194,6 +174,8 @@ Classes: {labels}
 {training or "Not recorded."}
 
 ## Proof and measurements
+
+{checks}
 
 {facts}
 

@@ -4,9 +4,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from sopdeploy.bundle.manifest import Int8For, Manifest, describe_temperature
+from sopdeploy.bundle.manifest import Int8For, Manifest, ProofKind, describe_temperature
 from sopdeploy.bundle.second_order import NOTHING, SecondOrder
+from sopdeploy.bundle.statements import Evidence
 from sopdeploy.decision import Decision
 from sopdeploy.errors import shorten
 from sopdeploy.models.describe import Counts
@@ -15,13 +17,15 @@ from sopdeploy_export.prove.certificate import Certificate
 from sopdeploy_export.prove.file import ParityReport
 
 SHOWS_ONE_POINT = 381  # images: if all agree, the 95 % interval of the agreement begins at 99 %
-WEAKER_PROOFS = {
-    "trained-detached": "no plain network was given; the detached network was compared with the trained one",
-    "trained-only": "nothing was detached and no plain network was given: only the conversion was checked",
-    "trained-detached-rebuilt": "no plain network was given; the detached network was compared with the "
-    "trained one, and with a new one of the same builder with its weights",
-    "trained-rebuilt": "no plain network was given; the trained network was compared with a new one of the "
-    "same builder with its weights",
+# What the comparison of graphs showed, by the networks that it compared.
+GRAPHS: Mapping[ProofKind, str] = {
+    "three-way": "a network that is built without the removed parts has the same graph",
+    "trained-detached-rebuilt": "without the removed parts, the graph stays the same, also in a second "
+    "network of the same builder; no plain network was given",
+    "trained-detached": "without the removed parts, the graph stays the same; no plain network was given",
+    "trained-plain": "the plain network has the same graph",
+    "trained-rebuilt": "a second network of the same builder has the same graph; no plain network was given",
+    "trained-only": "no other graph to compare: nothing was removed and no plain network was given",
 }
 TARGETS: Mapping[Int8For, str] = {
     "cpu": "for CPUs (TensorRT does not accept this form)",
@@ -29,11 +33,28 @@ TARGETS: Mapping[Int8For, str] = {
 }
 
 
+class Check(NamedTuple):
+    """A statement of the certificate, what it says about this network, and whether it holds.
+
+    `holds` is None if there was nothing to check, and False if a difference was allowed.
+    """
+
+    statement: str
+    evidence: Evidence
+    text: str
+    holds: bool | None = True
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportResults:
-    """What an export removed, proved and measured; `network` names the network that ships."""
+    """What an export removed, proved and measured.
+
+    `network` names the network that was exported with its options, and `headline` says in a few words
+    what it is.
+    """
 
     network: str
+    headline: str
     certificate: Certificate
     parity: ParityReport
     precision: PrecisionReport
@@ -42,62 +63,117 @@ class ExportResults:
     second_order: SecondOrder
     decision: Decision | None
 
+    def checks(self) -> tuple[Check, ...]:
+        """Describe each statement of the certificate on one line."""
+        certificate = self.certificate
+        evidence = certificate.statements
+
+        removed = _describe_removed(certificate)
+        if certificate.detached:
+            removed = f"no output depends on the removed parts: {removed}"
+        has_second_graph = len(certificate.compared) > 1
+
+        *sizes, largest = map(str, certificate.batches)
+        batches = f"{', '.join(sizes)} and {largest} images" if sizes else f"{largest} image"
+        plain_run = (
+            f"the network's code and its graph give the same outputs, in batches of {batches}"
+        )
+
+        images = "outputs do not depend on the other images of the batch"
+        if certificate.mixes_images:
+            outputs = ", ".join(certificate.mixes_images)
+            images = (
+                f"outputs depend on the other images of the batch, which was allowed: {outputs}"
+            )
+
+        file = f"model.onnx gives the same outputs: largest error {self._describe_error()}"
+        if not self.parity.passed:
+            file = f"model.onnx gives other outputs, which was allowed: largest error {self._describe_error()}"
+
+        is_removed = True if certificate.detached else None
+        return (
+            Check("Removed", evidence["Removed"], removed, is_removed),
+            Check(
+                "Graph",
+                evidence["Graph"],
+                GRAPHS[certificate.proof],
+                True if has_second_graph else None,
+            ),
+            Check("Plain run", evidence["Plain run"], plain_run),
+            Check("Images", evidence["Images"], images, not certificate.mixes_images),
+            Check("File", evidence["File"], file, self.parity.passed),
+        )
+
+    def _describe_error(self) -> str:
+        """Describe the numerical error of the logits of `model.onnx` against float64, and its limit."""
+        logits = self.parity.logits
+        return (
+            f"{logits.largest_drift:.2g}, {logits.drift_in_floors:.1f} times the rounding error "
+            f"(limit {self.parity.floors_allowed:g})"
+        )
+
+    def sizes(self) -> dict[str, str]:
+        """Return megabytes, parameters and multiply-adds before and after the export, by unit."""
+        certificate = self.certificate
+        tensors = (*certificate.removed, *certificate.kept, *certificate.unreached)
+        trained_bytes = sum(tensor.bytes for tensor in tensors)
+        return {
+            "MB": _change(_in_millions(trained_bytes), _in_millions(self.parity.file_bytes)),
+            "parameters": _change(
+                f"{self.trained.parameters:,}", f"{self.shipped.parameters:,}"
+            ),
+            "million multiply-adds per image": _change(
+                _in_millions(self.trained.macs), _in_millions(self.shipped.macs)
+            ),
+        }
+
+    def size(self) -> str:
+        """Describe size, parameters and multiply-adds before and after the export on one line."""
+        return ", ".join(f"{change} {unit}" for unit, change in self.sizes().items())
+
     def facts(self) -> dict[str, str]:
         """Describe each result on one line, by a short name such as `types`."""
         parity = self.parity
         parts_by_type = sorted(Counter(self.precision.parts.values()).items())
         types = ", ".join(f"{count} parts in {name}" for name, count in parts_by_type)
 
-        # The numerical error against float64; then on how many images the top class is the same.
-        error = (
-            f"{parity.logits.largest_drift:.2g} from float64: "
-            f"{parity.logits.drift_in_floors:.1f} times the network's rounding error (limit "
-            f"{parity.floors_allowed:g})"
-        )
-        if not parity.passed:
-            error += "; THE COMPARISON DID NOT PASS, which was allowed"
-
+        # On how many images the top class is the same, and why it changed on the others.
         top_class = f"equal on {parity.num_agreeing} of {parity.num_images} reference images"
         if parity.num_agreeing < parity.num_images:
             flips = parity.flips
             top_class += (
-                f"; changed by rounding: {flips['noise']}, by another route: {flips['routing']}, "
+                f"; changed by rounding: {flips['noise']}, by another choice of the gate: {flips['routing']}, "
                 f"wrongly: {flips['error']}"
             )
         if parity.routing is not None:
             top_class += f"; the gate is undecided on {parity.routing.num_undecided}"
         return {
-            **_proof_facts(self.certificate),
-            "removed": self._describe_removed(),
-            "lowered": self.second_order.describe() or NOTHING,
+            "configuration": self.network,
+            "removed": _describe_removed(self.certificate),
+            **_graph_facts(self.certificate),
+            "computes": self.second_order.describe() or NOTHING,
             "types": f"{self.precision.precision}: {types}",
-            "numerical error": error,
+            "numerical error": self._describe_error(),
             "top class": top_class,
             **_precision_facts(self.precision),
             **self._logits_fact(),
-            **dict(() if self.decision is None else self.decision.rows()),
-            "costs": f"{self.shipped.parameters:,} of {self.trained.parameters:,} parameters, "
-            f"{self.shipped.macs:,} of {self.trained.macs:,} multiply-adds per image",
+            "size": self.size(),
             "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
+        }
+
+    def notable_facts(self) -> dict[str, str]:
+        """Return the facts that not every export has: second-order parts, accuracy, a temperature."""
+        second_order = self.second_order.describe()
+        return {
+            **({"computes": second_order} if second_order else {}),
+            **_precision_facts(self.precision),
+            **self._logits_fact(),
         }
 
     def _logits_fact(self) -> dict[str, str]:
         """Say what the temperature divided, if there is one."""
         described = describe_temperature(self.decision, self.certificate.temperature_scaling)
         return {"logits": described} if described else {}
-
-    def _describe_removed(self) -> str:
-        """Describe the removed parts with their tensors, parameters and multiply-adds."""
-        described = _describe_removed(self.certificate)
-        if not self.certificate.detached:
-            return described
-
-        counts = [
-            (self.trained.parameters - self.shipped.parameters, "parameters"),
-            (self.trained.macs - self.shipped.macs, "multiply-adds per image"),
-        ]
-        saved = [f"{count:,} {what}" for count, what in counts if count > 0]
-        return "; ".join([described, ", ".join(saved)]) if saved else described
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,38 +185,6 @@ class Exported(ExportResults):
     manifest: Manifest
     warnings: tuple[str, ...] = ()
     seconds: float
-
-    def lines(self) -> dict[str, str]:
-        """Return the four to six lines that `sopdeploy export` prints, by their labels.
-
-        Each joins some of the `facts`. The fifth is about second-order parts, and the sixth about the
-        temperature, if there are any.
-        """
-        facts = self.facts()
-        certificate = self.certificate
-
-        # The compared networks, what their comparison lacks, and whether images are independent.
-        proof_parts = []
-        if len(certificate.compared) > 1:
-            proof_parts.append(f"{certificate.describe_compared()}: equal graphs")
-        if certificate.proof in WEAKER_PROOFS:
-            proof_parts.append(WEAKER_PROOFS[certificate.proof])
-        proof_parts.append(facts["batch"])
-        proof = "; ".join(proof_parts)
-
-        measured = ("numerical error", "images")
-        numerics = "; ".join(facts[name] for name in measured if name in facts)
-        bundle = f"{self.path} ({self.seconds:.0f} s; README.md describes it)"
-        lines = {"removed": facts["removed"]}
-        if self.second_order.describe():  # a first-order network has no such line
-            lines["lowered"] = facts["lowered"]
-        return {
-            **lines,
-            "proof": proof,
-            "numerics": numerics,
-            **self._logits_fact(),
-            "bundle": bundle,
-        }
 
     def summary(self) -> dict[str, object]:
         """Build the output of `export --json`, with a decision if there is one."""
@@ -171,40 +215,35 @@ class Exported(ExportResults):
         }
 
 
-def _proof_facts(certificate: Certificate) -> dict[str, str]:
-    """Describe what was removed, kept and proved."""
+def _change(before: str, after: str) -> str:
+    """Write two numbers, or one of them if they are equal."""
+    return before if before == after else f"{before} -> {after}"
+
+
+def _in_millions(count: int) -> str:
+    """Write *count* in millions, with three digits or more."""
+    millions = count / 1e6
+    return f"{millions:,.0f}" if millions >= 100 else f"{millions:.3g}"
+
+
+def _graph_facts(certificate: Certificate) -> dict[str, str]:
+    """Describe what was kept, and which graphs were compared."""
     # `kept` has only the tensors that the outputs depend on; the unreached ones stayed, too.
     num_needed = len(certificate.kept)
     num_kept = num_needed + len(certificate.unreached)
-    facts = {
-        "removed": _describe_removed(certificate),
-        "kept": f"{num_kept} tensors; the outputs depend on {num_needed}",
-    }
-    if certificate.proof in WEAKER_PROOFS:
-        facts["proof"] = f"{certificate.proof}: {WEAKER_PROOFS[certificate.proof]}"
-
     roots = certificate.roots
-    facts["graph"] = (
-        f"{certificate.describe_compared()}, hash {roots.any_batch[:16]} ({roots.num_operations} operations)"
-    )
-    sizes = ", ".join(map(str, certificate.batches))
-    facts["plain run"] = (
-        f"the outputs of the graph, except for rounding, in batches of {sizes} images (measured)"
-    )
-
-    facts["batch"] = "no output changed with other images (measured)"
-    if certificate.mixes_images:
-        outputs = ", ".join(certificate.mixes_images)
-        facts["batch"] = f"these outputs change with the other images of a batch: {outputs}"
-    return facts
+    return {
+        "kept": f"{num_kept} tensors; the outputs depend on {num_needed}",
+        "proof": certificate.proof,
+        "graph": f"{certificate.describe_compared()}, hash {roots.any_batch[:16]} "
+        f"({roots.num_operations} operations)",
+    }
 
 
 def _describe_removed(certificate: Certificate) -> str:
     """Describe the removed parts; if there are none, name tensors that could be removed, if there are any."""
     if certificate.detached:
-        tensors = (
-            f"{len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes saved"
-        )
+        tensors = f"{len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes"
         return f"{', '.join(certificate.detached)} ({tensors})"
 
     # The tensors that no output depends on, without counters, such as `num_batches_tracked`, of
@@ -227,7 +266,7 @@ def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
     """Describe the measured accuracy loss and the quantization, if there are any."""
     facts: dict[str, str] = {}
     if precision.accuracy is not None:
-        facts["images"] = _describe_accuracy(precision.accuracy)
+        facts["accuracy"] = _describe_accuracy(precision.accuracy)
 
     int8 = precision.quantisation
     if int8 is not None:

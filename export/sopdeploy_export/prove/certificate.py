@@ -21,6 +21,7 @@ from sopdeploy_export.prove import file, graphs, images, plain_run, removed
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.removed import TensorEntry
 
+EXPLAINED = "docs/concepts.md"  # the page that explains the statements
 # By title: the module of this folder with the sentence `STATEMENT`.
 STATEMENTS = {
     "Removed": removed,
@@ -28,6 +29,14 @@ STATEMENTS = {
     "Plain run": plain_run,
     "Images": images,
     "File": file,
+}
+# What a terminal shows while a statement is checked
+STEPS = {
+    "Removed": "proving that no output depends on the removed parts",
+    "Graph": "proving that the graphs are equal",
+    "Plain run": "comparing the network's code with its graph",
+    "Images": "checking that the images of a batch do not affect each other",
+    "File": "comparing model.onnx with the network",
 }
 
 
@@ -122,9 +131,7 @@ class Checks:
     def begin(self, statement: str) -> None:
         """Describe the step that checks *statement*, a key of `STATEMENTS`."""
         self._begun.append(statement)
-        number = [*STATEMENTS].index(statement) + 1
-        verb = "proving" if evidence_of(statement) == "proved" else "measuring"
-        step(f"{verb} statement {number} of {len(STATEMENTS)}: {statement}")
+        step(STEPS[statement])
 
     def evidence(self) -> dict[str, Evidence]:
         """Return whether each statement was proved or measured.

@@ -19,7 +19,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -57,7 +56,7 @@ from sopdeploy_service.server.lifetime import (
     room_required,
     terminal_is_closed,
 )
-from sopdeploy_service.server.sockets import SPARE, Arrivals, bind, raise_file_limit, url
+from sopdeploy_service.server.sockets import SPARE, Arrivals, announce, bind, raise_file_limit
 from sopdeploy_service.server.tls import accept, tls_context
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
@@ -462,9 +461,7 @@ class Supervisor:
 
             with contextlib.suppress(OSError):  # nobody reads it
                 # Each process serves the same bundles.
-                address = url(self._listener, self._settings.scheme)
-                sys.stdout.write(f"ready: {address}  {process.bundles}\n")
-                sys.stdout.flush()
+                announce(self._listener, self._settings.scheme, process.bundles)
 
         self._pass_on()  # the process may take more connections now
 

@@ -5,7 +5,6 @@ import gc
 import logging
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from sopdeploy_service.server.lifetime import (
     follow_keys,
     terminal_is_closed,
 )
-from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, url
+from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, announce
 from sopdeploy_service.server.tls import accept, expiry, handshake, tls_context
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
@@ -193,9 +192,7 @@ class DrainingServer(uvicorn.Server):
 
     def on_open(self, sockets: Sequence[socket.socket]) -> None:
         """Print that the server is ready on *sockets*."""
-        address = url(sockets[0], self._service.settings.scheme)
-        sys.stdout.write(f"ready: {address}  {self.bundles}\n")
-        sys.stdout.flush()
+        announce(sockets[0], self._service.settings.scheme, self.bundles)
 
     async def serve_connections(self, connections: Sequence[socket.socket]) -> None:
         """Serve accepted *connections*."""

@@ -32,9 +32,9 @@ CORES_PER_FRONT_END = 4  # all but one of them decode
 def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* until SIGTERM or SIGINT.
 
-    A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL
-    BUNDLE ...`, when the probes are verified and the port is open. Returns the exit code: 0
-    after a drain, 70 if a runtime died. Raises `ConfigError` if it cannot listen, and the
+    A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints `ready: URL
+    BUNDLE ...` and the addresses of its pages when the probes are verified and the port is open.
+    Returns the exit code: 0 after a drain, 70 if a runtime died. Raises `ConfigError` if it cannot listen, and the
     errors of `find_links`, `find_bundles`, `load_bundle` and `create_app`. With several
     processes, returns and raises what `run_supervisor` does.
     """

@@ -3,6 +3,7 @@
 import asyncio
 import resource
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable
 
@@ -140,3 +141,12 @@ def url(listener: socket.socket, scheme: str = "http") -> str:
     """Format the URL of the bound *listener*."""
     host, port = listener.getsockname()[:2]
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def announce(listener: socket.socket, scheme: str, bundles: str) -> None:
+    """Print where the server listens, what it serves, and its pages; the first line begins with `ready:`."""
+    address = url(listener, scheme)
+    sys.stdout.write(f"ready: {address}  {bundles}\n")
+    sys.stdout.write(f"web page: {address}/\n")
+    sys.stdout.write(f"API docs: {address}/docs\n")
+    sys.stdout.flush()
