@@ -23,7 +23,7 @@ GRAPHS: Mapping[ProofKind, str] = {
     "trained-detached-rebuilt": "without the removed parts, the graph stays the same, also in a second "
     "network of the same builder; no plain network was given",
     "trained-detached": "without the removed parts, the graph stays the same; no plain network was given",
-    "trained-plain": "the plain network has the same graph",
+    "trained-plain": "a newly built plain network has the same graph",
     "trained-rebuilt": "a second network of the same builder has the same graph; no plain network was given",
     "trained-only": "no other graph to compare: nothing was removed and no plain network was given",
 }
@@ -68,9 +68,9 @@ class ExportResults:
         certificate = self.certificate
         evidence = certificate.statements
 
-        removed = _describe_removed(certificate)
-        if certificate.detached:
-            removed = f"no output depends on the removed parts: {removed}"
+        removed = f"no output depends on the removed parts: {_describe_removed(certificate)}"
+        if not certificate.detached:
+            removed = _describe_removed(certificate)
         has_second_graph = len(certificate.compared) > 1
 
         *sizes, largest = map(str, certificate.batches)
@@ -256,10 +256,10 @@ def _describe_removed(certificate: Certificate) -> str:
         or tensor.name.rpartition(".")[0] not in used_modules
     ]
     if not unused:
-        return "nothing: this network has no auxiliary branches"
+        return "nothing was removed: this network has no auxiliary branches"
     names = shorten([tensor.name for tensor in unused])
     size = sum(tensor.bytes for tensor in unused)
-    return f"nothing, although the outputs do not depend on {names} ({size:,} bytes), which was not named"
+    return f"nothing was removed, although no output depends on {names} ({size:,} bytes): not named as training-only"
 
 
 def _precision_facts(precision: PrecisionReport) -> dict[str, str]:

@@ -21,7 +21,7 @@ from sopdeploy_export.prove import file, graphs, images, plain_run, removed
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.removed import TensorEntry
 
-EXPLAINED = "docs/concepts.md"  # the page that explains the statements
+EXPLAINED = "docs/proof.md"  # the page that explains the statements
 # By title: the module of this folder with the sentence `STATEMENT`.
 STATEMENTS = {
     "Removed": removed,
