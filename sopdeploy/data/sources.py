@@ -85,7 +85,9 @@ class FolderConfig(HoldOut):
         except re.error as error:
             raise ValueError(f"no regular expression ({error}), such as ^clip[0-9]+") from error
         if pattern == FORMER_FILES:
-            raise ValueError("a file beside each image is not read any more; see the page Data")
+            raise ValueError(
+                "a file beside each image is not read any more; list the classes in labels.csv"
+            )
         return pattern
 
 

@@ -87,7 +87,7 @@ def _advise_on_labels(contents: Contents) -> str:
     if contents.images and found:
         return (
             f"if {amount(len(found), 'file')} such as {found[0]} describe the images, convert them to class "
-            "folders with datumaro (`datum convert`) or FiftyOne (`fiftyone convert`), as the page Data says"
+            "folders with datumaro (`datum convert`) or FiftyOne (`fiftyone convert`), as the page on photos says"
         )
     return ""
 
