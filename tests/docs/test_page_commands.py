@@ -23,21 +23,20 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r".* s3://",
     r"sopdeploy classify .*--ray ",  # `tests/commands/bulk/test_on_ray.py` runs it
     r".*(--profiles|--runtime tensorrt)",
-    r"sopdeploy (import|\w+ ckpt\.pt)",
+    r"sopdeploy (import|\w+ (ckpt|fitted)\.pt)",
     r"sopdeploy promote ",  # needs two networks; `tests/commands/promotion`
     r"sopdeploy reproduce .*--data",
     r".* (--pretrained|--models) |.* --set mirror=true",  # the second follows the first
     r"sopdeploy label |.* --unknown ",  # `tests/commands/training/test_label.py`
     r".* (fgvc|--data cifar10)",
     r"torchrun ",
-    r"#!/bin/bash\n#SBATCH",
+    r"datum ",
     r"python benchmarks/",
-    r"tensorboard |import mlflow|import sopdeploy\nimport wandb",  # trackers of others
+    r"tensorboard |import sopdeploy\nimport wandb",  # trackers of others
 )
 
 NOT_RUN_PAGES = (
     "docs/cli.md",
-    "docs/data.md",  # needs official files
     "docs/keep.md",  # needs a person who looks at kept photos
 )
 BEGINS = re.compile(  # trains a network

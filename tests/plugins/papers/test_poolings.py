@@ -48,7 +48,7 @@ from tests.sopdeploy.training.runs import few_digits
 from tests.support import quick_torch
 from tests.support.pictures import encoded
 
-PAGE = ROOT / "docs" / "howto" / "plug-in.md"
+PAGE = ROOT / "docs" / "train.md"
 # Small options of each pooling, by kind
 SMALL: dict[str, dict[str, Any]] = {
     "cbp": {"dim": 16, "seed": 7},
@@ -454,14 +454,12 @@ def test_without_the_package_the_command_is_one_line_that_says_what_to_install(
 
 
 def test_the_page_shows_the_code_of_the_example() -> None:
-    folder = ROOT / "plugins" / "papers" / "sopdeploy_papers" / "poolings"
-    files = [*folder.glob("*.py"), ROOT / "tests" / "plugins" / "stripes.py"]
-    code = "".join(path.read_text(encoding="utf-8") for path in files)
+    code = (ROOT / "examples" / "power_mean" / "power_mean.py").read_text(encoding="utf-8")
     code = re.sub(r' *"""[^"]*"""\n\n?', "", code)
     shown = [block for block in blocks(PAGE, "text") if block.startswith("class ")]
     parts = [part for block in shown for part in block.strip().split("\n\n\n")]
 
-    assert len(parts) == 4
+    assert len(parts) == 3
     assert [part for part in parts if part not in code] == []
 
 
