@@ -44,15 +44,10 @@ BEGINS = re.compile(  # trains a network
 )
 ANY_BUNDLE = (  # so no network is trained
     "docs/http.md",
-    "docs/transfer.md",
     "docs/batch.md",
-    "docs/keys.md",
-    "docs/howto/autoscale.md",
-    "docs/howto/batch-size.md",
+    "docs/deploy.md",
     "docs/monitoring.md",
-    "docs/howto/night.md",
-    "docs/howto/roll-back.md",
-    "docs/howto/roll-out.md",
+    "docs/operations.md",
 )
 TWICE = (
     "README.md",
