@@ -138,7 +138,11 @@ def test_certificate_manifest_and_card_name_the_divided_tensors(
         assert tensor.after == kept[tensor.name] != tensor.before
 
     card = (divided.path / "README.md").read_text(encoding="utf-8")
-    for text in (card, divided.notable_facts()["logits"], verify(divided.path, SETTINGS).logits):
+    for text in (
+        card,
+        divided.notable_facts()["logits"],
+        verify(divided.path, SETTINGS).logits,
+    ):
         assert "divided by the temperature 0.3" in text
     assert "trained (classifier divided by 0.3) = " in divided.facts()["graph"]
     assert read_card(open_bundle(divided.path)).certificate.divided_by == TEMPERATURE

@@ -461,7 +461,7 @@ class Supervisor:
 
             with contextlib.suppress(OSError):  # nobody reads it
                 # Each process serves the same bundles.
-                announce(self._listener, self._settings.scheme, process.bundles)
+                announce(self._listener, self._settings.scheme, str(process.bundles))
 
         self._pass_on()  # the process may take more connections now
 
