@@ -44,7 +44,7 @@ EXIT_CODES = """## Exit codes
 | 0 | success, or `serve` stopped after a drain |
 | 1 | `health`: the server is not ready. Other commands: the program that reads the output has ended, such as `head` |
 | 2 | an error of the classes above, or an invalid option |
-| 70 | `serve` only: the runtime failed or hung, so a supervisor should restart the server |
+| 70 | `serve` only: the runtime failed or hung, so systemd or Kubernetes should start it again |
 | 128 + n | stopped by signal n. Ctrl-C is 130 (`train` saves first) |
 """
 
@@ -75,12 +75,10 @@ WHAT_TO_DO = {
     "DataError": "Repair or remove the named image or folder. Folders have the form `DIR/<class>/*.jpg`.",
     "CheckpointError": "Use a file written by `sopdeploy train` or `sopdeploy import`.",
     "WeightsError": "Set `--as` to the network that the message suggests. "
-    "The message names the first tensor that does not fit. If pretrained weights cannot be downloaded, put "
-    "the file where the message says, or pass `--pretrained FILE` or `--pretrained none`.",
+    "If pretrained weights cannot be downloaded, put the file where the message says, or pass `--pretrained FILE`.",
     "TrainingError": "The message names the step and what was not finite. Lower `optimizer.lr` or set "
     "`optimizer.clip_norm`, then continue with `--resume auto`.",
-    "DetachError": "Add `--detach`. It is also accepted if there is nothing to detach. With your own network, "
-    "set `--training-only` to the parts in the message, or omit this option.",
+    "DetachError": "Add `--detach`, or with your own network `--training-only` with the parts in the message.",
     "CertificateError": "Do not deploy this network. The message names the training-only weights that the "
     "output depends on. Change the model's code.",
     "LoweringError": "Change the part of the network or the option that the message names.",
@@ -97,8 +95,8 @@ WHAT_TO_DO = {
     "ImageError": "Send a complete image of an accepted format within the size limits. "
     "The exception has one of the codes of [the server](http.md#errors).",
     "ServiceError": "Look up the code in brackets here or among the codes of [the server](http.md#errors).",
-    "OverloadedError": "Wait `retry_after` seconds, see whether a server is running behind the proxy (502), send "
-    "fewer requests at once, or give the server more resources. Its [metrics](monitoring.md) show which.",
+    "OverloadedError": "Wait `retry_after` seconds, and send fewer requests at once. For the server, see "
+    "[overload](monitoring.md#overload).",
     "UnreachableError": "Check address and port, and whether `/readyz` responds, or increase `timeout`.",
 }
 
