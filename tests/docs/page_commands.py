@@ -56,6 +56,8 @@ QUICKER = {
     "--seconds 20": "--seconds 2",
     "range(240)": "range(60)",
     "--set epochs=8": "--set epochs=2",
+    "--set epochs=10": "--set epochs=2",
+    "--epochs 10": "--epochs 2",
 }
 FIRST_BUNDLE, LAST_BUNDLE = "photos-3f6c01d2a4b7", "photos-77aa01d2e0c4"  # example names
 
