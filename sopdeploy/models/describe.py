@@ -401,16 +401,17 @@ def describe_exported(
     An example is "ResNet-8 for 10 classes, 75,290 parameters, trained with DSoP, branches removed".
     *parameters* counts what is left. The *name* is looked up as in `name_network`.
     """
-    title = name
+    title = f"Network {name}"
     trained = ""
     if isinstance(network, Classifier):
         # A network of a family is called after what is left of it, if that is in the catalog.
+        exported = name
         family, _, rest = name.partition("-")
         if removed and family in SECOND_ORDER and _is_in_catalog(rest):
-            title = rest
+            exported = rest
             trained = f", trained with {SECOND_ORDER[family]}"
-        if _is_in_catalog(title):
-            title = entry(without_head(title)).title
+        if _is_in_catalog(exported):
+            title = entry(without_head(exported)).title
         if "isqrt" in getattr(getattr(network.config, "head", None), "kind", ""):
             title += " with a second-order head"
 

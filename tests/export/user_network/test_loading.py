@@ -748,7 +748,8 @@ def test_the_command_exports_a_weight_file_and_inspect_names_the_unused_part(
     )
 
     assert exported.exit_code == 0, exported.output
-    assert "trained = detached = plain" in exported.stdout
+    certificate = json.loads((tmp_path / "out/latest/certificate.json").read_bytes())
+    assert certificate["proof"] == "three-way"
     assert (tmp_path / "out" / "latest").readlink().name.startswith("w-")
 
 
