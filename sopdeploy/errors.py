@@ -157,7 +157,7 @@ class DetachError(SopdeployError):
 
 
 class CertificateError(SopdeployError):
-    """The detached network differs from the plain network."""
+    """The network without its removed parts differs from the plain network."""
 
     code = "not_certified"
 

@@ -160,7 +160,7 @@ def _prepare_digits(out: Path) -> _Prepared:
 def show_digits(prepared: _Prepared, folder: Path) -> None:
     """Show what was *prepared* in *folder*, what was detached, and how many of the validation digits are right."""
     say(
-        "Auxiliary branches: DSoP on digits; the export detaches them, with proof",
+        "Auxiliary branches: DSoP on digits; the export removes them, with proof",
         style="bold",
     )
 
@@ -171,8 +171,8 @@ def show_digits(prepared: _Prepared, folder: Path) -> None:
     if prepared.code:
         raise typer.Exit(prepared.code)  # the command has printed its error
 
-    say("", "What the export detached:", style="bold")
-    print_table(("", "in training", "in the bundle", "removed"), _count_detached(folder))
+    say("", "What the export removed:", style="bold")
+    print_table(("", "trained", "exported", "removed"), _count_detached(folder))
 
     say("Validation digits, over HTTP:", style="bold")
     rate = _show_answers(prepared.truths, prepared.answers, _ROWS)

@@ -457,7 +457,7 @@ def _certify(
 def _collect(
     subject: ExportSubject, certificate: Certificate, file: ExportedFile, measured: _Measured
 ) -> ExportResults:
-    """Collect the results of the checks, and the costs of the network as it was trained and as it ships."""
+    """Collect the results of the checks, and the costs of the trained network and of the exported one."""
     network = subject.network
     parts = subject.detachment.training_only
     trained_costs, shipped_costs = count_costs(network, parts, subject.preprocess)

@@ -30,7 +30,7 @@ PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}
 class DSoPResNetConfig(ResNetConfig, DSoPConfig):
     """ResNet for 224-pixel images with branches; conv5_x keeps its size, as in the paper.
 
-    Without this down-sampling the deployed network has more multiply-adds than the usual
+    Without this down-sampling the exported network has more multiply-adds than the usual
     ResNet, for example 3.05 G instead of 1.81 G on ResNet-18; `conv5_stride=2` has the usual
     ones.
     """

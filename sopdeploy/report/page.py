@@ -339,12 +339,11 @@ def _describe_learning(
         head for row in history if row.diagnostics for head in row.diagnostics.heads
     )
 
-    shown_heads = heads if len(heads) > 1 else ()  # a single head is the deployed network
+    shown_heads = heads if len(heads) > 1 else ()  # a single head is the exported network
     if shown_heads and last.diagnostics is not None:
         subset = (
-            f"The deployed network is evaluated on all {last.metrics.count} "
-            "validation images, the heads on a fixed subset of "
-            f"{last.diagnostics.num_images}."
+            f"The exported network is evaluated on all {last.metrics.count} validation images, and each "
+            f"head on the same {last.diagnostics.num_images} of them."
         )
         text = [*text, subset]
 
@@ -354,10 +353,10 @@ def _describe_learning(
         }
         return Figure(image=plot(curves, "epoch", label), caption=caption)
 
-    scores = {"deployed": score_column} | {
+    scores = {"exported": score_column} | {
         head: f"{head}_{score_column}" for head in shown_heads
     }
-    held_out_losses = {"deployed": "loss"} | {head: f"{head}_loss" for head in shown_heads}
+    held_out_losses = {"exported": "loss"} | {head: f"{head}_loss" for head in shown_heads}
     overconfident = (
         f"If the loss rises and {score_name} does not fall, the network is overconfident."
     )

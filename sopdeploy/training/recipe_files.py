@@ -27,7 +27,7 @@ FINE_TUNE_SETTINGS: Mapping[str, Any] = {
     "ema": None,
     "mixing": None,
     "teacher": None,
-    "validation": {"mirror": False},  # the comparison is that of deployed networks
+    "validation": {"mirror": False},  # the comparison is that of exported networks
     "start.classifier_epochs": 0,  # the classifier is fitted
     "start.classifier_lr": None,
     "start.learn": "last_stages",

@@ -395,7 +395,7 @@ def create_for(
 
 
 def classifier_name(model: Classifier) -> str:
-    """Return the name of the last linear layer of the deployed network.
+    """Return the name of the last linear layer of the exported network.
 
     A network without one classifies by a convolution: its last layer with weights.
     """

@@ -46,16 +46,13 @@ def write_runs_page() -> None:
     """Write `runs/index.html`, which lists the runs in `runs` and the bundles in `bundles`."""
     from sopdeploy.html.report import HtmlReport, Section, Table, render
 
-    columns = ["date (UTC)", "run", "images", "classes", "accuracy", "bundle", ""]
     table = Table(
-        caption="Runs in this folder and bundles, the newest first",
-        columns=columns,
+        caption="The report on a run is report.html in its folder. Each train and each export updates this page.",
+        columns=["date (UTC)", "run", "images", "classes", "accuracy", "bundle", "state"],
         rows=[_cells(row) for row in list_runs()],
     )
-    text = "report.html in the folder of a run has its details. The page is written after each training and export."
-    page = HtmlReport(
-        title="Runs", text=[text], sections=[Section(title="Runs", tables=[table])]
-    )
+    sections = [Section(title="The newest first", tables=[table])]
+    page = HtmlReport(title="Runs and bundles", sections=sections)
     with writing(RUNS), atomic_write(RUNS / PAGE) as partial:
         partial.write_text(render(page), encoding="utf-8")
 
@@ -68,7 +65,9 @@ def _cells(row: RunRow) -> list[str]:
         amount(len(row.warnings), "warning") if row.warnings else "",
         row.problem,
     )
-    cells = (row.date[:19], row.run, row.num_images, row.num_classes, row.estimate, row.bundle)
+    date = row.date[:16].replace("T", " ")
+    estimate = row.estimate.removeprefix("accuracy ")  # the name of the column
+    cells = (date, row.run, row.num_images, row.num_classes, estimate, row.bundle)
     return [
         *("" if cell is None else str(cell) for cell in cells),
         ", ".join(filter(None, states)),

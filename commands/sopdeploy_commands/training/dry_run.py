@@ -1,4 +1,4 @@
-"""`sopdeploy train --dry-run`: what a training would read, without a run."""
+"""`sopdeploy train --dry-run`: what a training run would read, without training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,7 +26,7 @@ def check_images(
     settings: Mapping[str, Any],
     on_image: Callable[[int, int], None],
 ) -> "DataReport":
-    """Decode every image of the folder *data* that a training would read, and report what it holds.
+    """Decode every image of the folder *data* that a training run would read, and report what it holds.
 
     *overrides* come from `--set`, and *settings* from Python; only `data.classes_from` and
     `data.leave_out` count. *on_image* is called with the numbers of images compared by a network, and in

@@ -64,7 +64,7 @@ def _show_catalog(models: list[dict[str, str]]) -> None:
 def _show_description(description: "Description") -> None:
     """Print the counts, the options with their values, and the published numbers."""
     parts = {f"  {part}": counts for part, counts in description.parts.items()}
-    counted = {"training": description.training, **parts, "deployed": description.shipped}
+    counted = {"training": description.training, **parts, "exported": description.shipped}
     say(
         f"{description.name} for {description.num_classes} classes at {description.image_size} pixels"
     )
@@ -88,7 +88,7 @@ def _show_description(description: "Description") -> None:
             **{**description.config, "conv5_stride": 2},
         )
         say(
-            f"conv5_x has stride 1: {description.shipped.macs / 1e9:.2f} G multiply-adds deployed, with the "
+            f"conv5_x has stride 1: {description.shipped.macs / 1e9:.2f} G multiply-adds once exported, with the "
             f"usual stride of 2 (--option conv5_stride=2) {usual.shipped.macs / 1e9:.2f} G"
         )
 

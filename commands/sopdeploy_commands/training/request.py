@@ -71,7 +71,7 @@ class TrainOptions(Options):
     none."""
     dry_run: bool = False
     """Decode the images of the folder, report sizes, formats, classes, duplicates and unreadable files, and train
-    nothing. Exit code 2 means that a training could not use the images."""
+    nothing. Exit code 2 means that a training run could not use the images."""
     wrong_labels: Text = None
     """With a dry run, only list labels that are probably wrong, as this run on the folder predicts. If the run
     cannot tell, list the most doubtful labels."""

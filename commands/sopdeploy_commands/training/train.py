@@ -36,7 +36,7 @@ MAX_CLASSES = 30  # that are printed; the report has all
 
 
 def _show(result: "TrainingResult | DataReport | list[WrongLabel]", *, as_json: bool) -> None:
-    """Print the result of a training or, of a dry run, what it would read; then raise what is wrong with it."""
+    """Print the result of a training run or, of a dry run, what it would read; then raise what is wrong with it."""
     from sopdeploy.photos.check import DataReport
 
     if as_json:

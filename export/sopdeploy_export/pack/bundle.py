@@ -42,7 +42,7 @@ def count_costs(
     in train mode only. If nothing is removed, if *network* cannot be copied, or if it fails in train
     mode, for example without targets, the first costs are those in eval mode, too.
     """
-    # What ships: the counts in eval mode, without the counts of the removed parts.
+    # What is exported: the counts in eval mode, without the counts of the removed parts.
     side = preprocess.crop
     in_eval = tally(network, side, preprocess.channels)
     parameters, macs = (

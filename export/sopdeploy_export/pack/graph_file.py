@@ -1,4 +1,4 @@
-"""The file of an export: the captured network in ONNX, in the precision that ships."""
+"""The file of an export: the captured network in ONNX, in the precision of the export."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +83,7 @@ def write_file(
     user_images = NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
 
     with TemporaryDirectory(dir=folder.parent) as temporary:
-        # The graph in float32. The file of its weights, if there is one, ships only in this precision.
+        # The graph in float32. The file of its weights, if there is one, is exported only in this precision.
         step("converting to ONNX")
         float32_folder = folder if options.precision == "fp32" else Path(temporary)
         model = _lower_trained(subject, trained, plain, options, float32_folder)

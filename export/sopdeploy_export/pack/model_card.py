@@ -8,7 +8,15 @@ from typing import Any
 
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.files import atomic_write, writing
-from sopdeploy.html.report import HtmlReport, Section, Table, insert_names, render, sanitize
+from sopdeploy.html.report import (
+    NO_BREAK_SPACE,
+    HtmlReport,
+    Section,
+    Table,
+    insert_names,
+    render,
+    sanitize,
+)
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.summary import training_rows
 from sopdeploy_export.pack.results import Exported, ExportResults
@@ -57,7 +65,7 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
             insert_names(f"Project {{}}, {classes}", exported.manifest.project, *shown),
             insert_names("Next: {}", f"sopdeploy serve {quote(bundle)}", tag="code"),
         ],
-        tiles=exported.sizes(),
+        tiles={unit: _arrow(change) for unit, change in exported.sizes().items()},
         sections=[
             Section(title="Warnings", text=exported.warnings),
             Section(title="What was checked", tables=[_checks_table(exported)]),
@@ -97,6 +105,11 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
     with writing(path), atomic_write(path) as partial:
         partial.write_text(render(content), encoding="utf-8")
     return path
+
+
+def _arrow(change: str) -> str:
+    """Write *change*, of two numbers, with an arrow that stays on the line of the second number."""
+    return change.replace(" -> ", f" →{NO_BREAK_SPACE}")
 
 
 def _checks_table(exported: Exported) -> Table:

@@ -1,4 +1,4 @@
-"""The certificate: proof that the graph that ships is the plain network, and measurements of the rest.
+"""The certificate: proof that the exported graph is the plain network, and measurements of the rest.
 
 `STATEMENTS` lists what `pipeline.export_subject` checks, in this order. Statements about graphs
 are proved; those about runs are measured. An export stops at the first statement that does not
@@ -67,7 +67,7 @@ class Certificate(StrictModel):
 
     The trained network is the one of the checkpoint. If there is a `temperature_scaling`, its
     classifier was divided by the temperature before everything else. The detached network is the
-    trained one without its removed parts. Its graph ships.
+    trained one without its removed parts. Its graph is exported.
 
     Each tensor of the trained network is in `removed`, if the user or the catalog declared it as
     training-only; in `kept`, if it was not declared and the outputs depend on it; or else in

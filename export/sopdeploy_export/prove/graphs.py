@@ -1,7 +1,7 @@
 """Graph: the trained network's graph and an independently built plain network have one graph hash.
 
 The graph is captured from the network as it was given, without what its outputs do not need. It is
-what ships. What both networks share, such as a frozen buffer, is not compared with anything.
+what is exported. What both networks share, such as a frozen buffer, is not compared with anything.
 Without a plain network, there is only the hash of the trained network.
 
 Refused: a plain network with other operations (`OTHERS` in `tests/attacks/planted/graphs.py`).

@@ -64,7 +64,7 @@ class CrossValidation:
         judged: The indices of the images that the score counts.
         folds, logits: The folds (N,) of the first cross-validation, and the logits (N, K) of images
             without their fold, or that of `judge_few_apart`.
-        shifted_logits: `logits`, shifted as the deployed network does: the energy of an image is its cosine
+        shifted_logits: `logits`, shifted as the exported network does: the energy of an image is its cosine
             to the nearest class mean, on average over all cross-validations. With several classes per image,
             they are not shifted.
         left_out: The cosine (N,) of each image and the nearest mean of the other classes; None with several
@@ -166,7 +166,7 @@ def cross_validate(
         judged_once = problem.cross_validate(judging_folds_N)
     logits_NK = problem.logits(judged_once, scaling)
 
-    # The deployed network shifts the logits of an image so that their energy, the log-sum-exp, is
+    # The exported network shifts the logits of an image so that their energy, the log-sum-exp, is
     # its cosine to the nearest class mean. After `log_softmax`, the energy is 0.
     shifted_NK = logits_NK
     left_out_N = None
@@ -251,7 +251,7 @@ def judge_few_apart(targets: Targets, folds_N: Indices, groups_N: Indices) -> In
     """Move classes of fewer than `ENOUGH` groups, beside larger ones, from *folds_N* to own folds (N,).
 
     A head that lacks one of the two photographs of such a class takes more images of other
-    classes for it than the deployed network, which learns from both. So heads that have all
+    classes for it than the exported network, which learns from both. So heads that have all
     images of the small classes judge the images of the other classes. There are at most four
     own folds, each with at most one group of each small class. With several classes per image,
     or without both kinds of classes, nothing is moved.

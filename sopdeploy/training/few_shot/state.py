@@ -26,7 +26,7 @@ class FewShotFit(Fit):
     """What the few-shot procedure has fitted to N training images of K classes.
 
     Attributes:
-        logits: Out-of-fold logits (N, K) float64, with the energies of the deployed network.
+        logits: Out-of-fold logits (N, K) float64, with the energies of the exported network.
         groups: The group (N,) int64 of each image: copies of a photograph, and images that show one object.
         copies: The photograph (N,) int64 that each image shows.
         judged: Indices of the images that the score counts: one of the copies of a photograph.

@@ -79,7 +79,7 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(
     curves = charts(page)["top-1 on validation images."]
     assert all(
         f">{head}<" in curves
-        for head in ("layer1_0", "layer2_0", "layer3_0", "main", "deployed")
+        for head in ("layer1_0", "layer2_0", "layer3_0", "main", "exported")
     )
     assert not re.search(r">\d+\.\d+<", curves.partition('id="matplotlib.axis_2"')[0]), (
         "half an epoch"

@@ -163,7 +163,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
 
     write_runs_page()
     page = Path("runs/index.html").read_text(encoding="utf-8")
-    for text in ("photos-1", "lights-1", new.name, "newest", "2026-01-02T10:00:00"):
+    for text in ("photos-1", "lights-1", new.name, "newest", "2026-01-02 10:00"):
         assert text in page
 
 

@@ -125,7 +125,7 @@ class PrintedTable(StrictModel):
     `curve` make the table a chart of errors over this option of the networks, with one curve
     for each value of the other one. If `accuracy` is true, `top1` and `top5` in the file are
     the printed accuracies; they are converted to errors, and shown as accuracies again.
-    `columns` are the counts that the table prints: `params` and `gflops` of the deployed
+    `columns` are the counts that the table prints: `params` and `gflops` of the exported
     network in millions and billions, `train_params` and `train_gflops` of the network in
     training, `dim`, the length of the vector that is classified. A row has them in `counts`; those
     that it lacks are in `published.toml`. `forms` are other forms of its networks; a page has the

@@ -46,10 +46,10 @@ function proof(certificate) {
   const divided = temperature ? ` (classifier divided by ${Number(temperature.toPrecision(4))})` : "";
   const networks = compared.join(" = ").replace("trained", `trained${divided}`);
   const rows = [
-    ["Removed", removed ? `${detached.join(", ")} (${counted(removed, "tensor")}, ${bytes.toLocaleString("en")} bytes)` : "nothing; all tensors are used for inference"],
+    ["Removed", removed ? `${detached.join(", ")} (${counted(removed, "tensor")}, ${bytes.toLocaleString("en")} bytes)` : "nothing; the network has no training-only parts"],
     ["Kept", counted(kept, "tensor")],
-    ["One graph", `${networks}, ${operations} operations, also as ONNX`],
-    ["Numbers", `the file was compared with the network on ${counted(images, "reference image")}`],
+    ["Graph", `${networks}, ${operations} operations, the same in model.onnx`],
+    ["Outputs", `model.onnx was compared with the network on ${counted(images, "reference image")}`],
   ];
   const hashes = [["Graph hash", make("code", {}, certificate.root)], ["ONNX graph hash", make("code", {}, certificate.onnx_root)]];
   return [make("p", { className: "seal" }, seal(), verdict(certificate)), list(rows),
