@@ -263,12 +263,12 @@ def load_plain(
         return content
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it contains objects other than tensors and "
-            f"reading it could run code; {advice}"
+            f"{path}: refused, because it contains objects other than "
+            f"tensors, and reading it could run code; {advice}"
         ) from error
     except Exception as error:  # torch raises many types for damaged files
         raise CheckpointError(
-            f"{path}: damaged or not a checkpoint; copy or train it again"
+            f"{path}: damaged or not a checkpoint; copy it again, or train again"
         ) from error
 
 

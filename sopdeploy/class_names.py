@@ -98,7 +98,7 @@ def _find_names(data: Any) -> tuple[str, ...]:
     if len(set(names_by_key.values())) > 1:
         raise ValueError(f"holds several lists of names ({', '.join(names_by_key)})")
     if not names_by_key:
-        raise ValueError('no list of names such as ["cat", "dog"]')
+        raise ValueError('not a list of names such as ["cat", "dog"]')
     return next(iter(names_by_key.values()))
 
 
@@ -133,7 +133,7 @@ def _names_of_value(value: Any) -> tuple[str, ...] | None:
         return None
 
     if sorted(by_number) != list(range(len(value))):
-        problem = f"its numbers are {min(by_number)} to {max(by_number)}, not 0 to {len(value) - 1}, each once"
+        problem = f"its numbers must be 0 to {len(value) - 1}, each once (got {min(by_number)} to {max(by_number)})"
         raise ValueError(f"{problem}, so the order of the logits is not certain")
     return tuple(by_number[number] for number in range(len(value)))
 

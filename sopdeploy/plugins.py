@@ -75,7 +75,7 @@ class PluginRegistry(Generic[_Item]):
         """
         if not _NAME.fullmatch(name):
             raise ConfigError(
-                f"{self.kind} {name!r}: a name has letters, digits, `.`, `_` and `-` only"
+                f"{self.kind} {name!r}: a name may contain only letters, digits, `.`, `_` and `-`"
             )
 
         before = self.registered.get(name)

@@ -262,6 +262,6 @@ def expect(what: str, rate: Rate, least: float) -> None:
     say(f"{rate.right} of {rate.count} right: {what} {100 * rate.share:.1f} % ({interval})")
     if rate.share < least:
         raise SopdeployError(
-            f"only {100 * rate.share:.1f} % right: {what} at least {100 * least:.0f} % are expected; check "
-            "the installation with `sopdeploy env`"
+            f"{what.rstrip(',')}: only {100 * rate.share:.1f} % are right, and at least "
+            f"{100 * least:.0f} % are expected; check the installation with `sopdeploy env`"
         )

@@ -145,14 +145,16 @@ class NetworkExportOptions(NetworkOptions):
             for name, field in type(self).model_fields.items():
                 if getattr(self, name) != field.default:
                     raise ConfigError(
-                        "only for a network of your own",
+                        "works only with a network of your own",
                         setting=name,
                         remedies={"network": None},  # without a value: only the user knows it
                     )
 
         if self.plain_option and self.plain is None:
             raise ConfigError(
-                "only with a plain network", setting="plain_option", remedies={"plain": None}
+                "works only with a plain network",
+                setting="plain_option",
+                remedies={"plain": None},
             )
         return self
 

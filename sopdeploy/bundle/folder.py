@@ -275,7 +275,7 @@ def _check_type_and_size(file: Path, status: os.stat_result, record: FileRecord)
         raise BundleError(f"{file}: {POINTER_ADVICE}")
     if status.st_size != record.bytes:
         raise BundleError(
-            f"{file}: has {status.st_size} bytes, the manifest says {record.bytes}; "
+            f"{file}: has {status.st_size} bytes, but the manifest says {record.bytes}; "
             "copy or export the bundle again"
         )
 

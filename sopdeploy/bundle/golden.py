@@ -213,7 +213,7 @@ def check_golden(
     deviation = float(np.abs(run(example.pixels) - example.logits).max())
     if not deviation <= example.tolerance:  # larger, or NaN
         raise ParityError(
-            f"{example.name}: a logit deviates by {deviation:.3g}, the bound is "
+            f"{example.name}: a logit deviates by {deviation:.3g}, but the bound is "
             f"{example.tolerance:.3g}; this runtime does not compute the exported "
             "network"
         )

@@ -170,7 +170,7 @@ def read_external(graph: "onnx.GraphProto", weights: memoryview) -> dict[str, me
             raise CertificateError(f"{GRAPH_DATA} ends before the weight {tensor.name}")
         if any(weights[end:start]):
             raise CertificateError(
-                f"{GRAPH_DATA} has other bytes than 0 before the weight {tensor.name}"
+                f"{GRAPH_DATA} has bytes other than 0 before the weight {tensor.name}"
             )
         external[tensor.name] = weights[start : start + size]
         end = start + size
@@ -273,7 +273,7 @@ def check_graph_and_certificate(bundle: Bundle) -> str | None:
     for name in ("parity.json", "precision.json"):
         precision = _read_fields(bundle, name).get("precision")
         if precision != bundle.manifest.precision:
-            problem = f"is about the precision {precision}, the manifest says {bundle.manifest.precision}"
+            problem = f"is about the precision {precision}, but the manifest says {bundle.manifest.precision}"
             raise BundleError(f"{bundle.path / name}: {problem}; {ADVICE}")
 
     return root
@@ -292,7 +292,7 @@ def _check_graph(bundle: Bundle) -> str:
 
     if root != expected_root:
         raise BundleError(
-            f"{bundle.path / GRAPH}: its graph has the hash {root[:16]}, the "
+            f"{bundle.path / GRAPH}: its graph has the hash {root[:16]}, but the "
             f"manifest says {expected_root[:16]}; the graph was replaced after the "
             f"export: {ADVICE}"
         )
@@ -312,7 +312,7 @@ def check_certificate(bundle: Bundle) -> None:
         missing += [f"roots.{name}" for name in CERTIFIED_ROOTS if name not in roots]
     if missing:
         problem = (
-            f"has no {', '.join(missing)}, as bundles of earlier versions, which proved less"
+            f"has no {', '.join(missing)}, like bundles of earlier versions, which proved less"
         )
         raise BundleError(f"{path}: {problem}; {ADVICE} from its checkpoint")
 
@@ -382,7 +382,7 @@ def _check_scaling(bundle: Bundle, certificate: dict[str, Any]) -> None:
         raise BundleError(f"{path}: lists no kept tensors; {ADVICE}") from error
     for tensor in scaling.tensors:
         if hashes.get(tensor.name) != tensor.after:
-            problem = f"{tensor.name} is not what the division by the temperature made"
+            problem = f"{tensor.name} is not the result of the division by the temperature"
             raise BundleError(f"{path}: {problem}; {ADVICE}")
 
 

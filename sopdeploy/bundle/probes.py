@@ -177,7 +177,7 @@ def check_replays(replays: Iterable[Replay]) -> None:
 
     deviation, name, worst = max(exceeding, key=lambda found: found[0])
     raise ParityError(
-        f"reference outputs: {name!r} deviates by {deviation:.3g} in a batch of {worst.batch}, the bound is "
+        f"reference outputs: {name!r} deviates by {deviation:.3g} in a batch of {worst.batch}, but the bound is "
         f"{worst.tolerance[name]:.3g}; the class of {worst.num_changed} of {worst.num_images} images "
         f"changes; {ANOTHER_NETWORK}"
     )

@@ -83,7 +83,9 @@ class FolderConfig(HoldOut):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"no regular expression ({error}), such as ^clip[0-9]+") from error
+            raise ValueError(
+                f"not a regular expression ({error}), such as ^clip[0-9]+"
+            ) from error
         if pattern == FORMER_FILES:
             raise ValueError(
                 "a file beside each image is not read any more; list the classes in labels.csv"

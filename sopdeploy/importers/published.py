@@ -224,6 +224,6 @@ def _remove_unless_hash(path: Path, expected: str) -> None:
     for file in {path, path.resolve()}:
         file.unlink(missing_ok=True)
     raise WeightsError(
-        f"{path.name}: removed, its SHA-256 is {digest[: len(expected)]}, not {expected} (an incomplete "
+        f"{path.name}: removed, because its SHA-256 is {digest[: len(expected)]}, not {expected} (an incomplete "
         "download or another file); run the command again",
     )

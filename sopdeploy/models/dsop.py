@@ -259,6 +259,6 @@ def _blocks_by_tap(
     if len(counts) != len(taps):
         raise ConfigError(
             f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of "
-            f"{stage}; give one each"
+            f"{stage}; give one per block"
         )
     return counts

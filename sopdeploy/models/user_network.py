@@ -433,8 +433,8 @@ def find_taps(
         shape = _shape(outputs.get(tap))
         if len(shape) != 4 or shape[2] != shape[3]:
             raise ConfigError(
-                f"taps: {tap} gives {shape or 'no tensor'}, not a feature map (batch, channels, side, side)"
-                "; choose another module"
+                f"taps: {tap} returns {shape or 'something other than a tensor'}, not a feature map "
+                "(batch, channels, side, side); choose another module"
             )
 
     if len(_shape(logits)) != 2:

@@ -145,7 +145,7 @@ def read_cells(
             if None in record or None in record.values():  # more or fewer cells than columns
                 raise DataError(
                     f"{table}: line {line}: does not have {len(columns)} columns; "
-                    "quote names with commas"
+                    "quote names that contain commas"
                 )
 
             cells = {name: value.strip() for name, value in record.items()}

@@ -195,7 +195,7 @@ def _match_classes(
             lists={"unknown": unknown, "classes": labels},
         )
     if unknown:
-        log(f"{where}: left out, of no class: {shorten(unknown)}{hint}")
+        log(f"{where}: left out, because they are not classes: {shorten(unknown)}{hint}")
 
     matched = select_classes(images.replaced(labels=names), labels)
     if not len(matched):

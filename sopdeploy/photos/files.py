@@ -225,7 +225,9 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
     # `realpath`, because `resolve` raises an error for a link that leads to itself.
     real_folder = Path(os.path.realpath(folder))
     if images is not None and real_folder.is_relative_to(os.path.realpath(expand_user(images))):
-        raise ConfigError(f"{folder} is in the photos of {images}; {advice}", setting=setting)
+        raise ConfigError(
+            f"{folder} is inside the photos of {images}; {advice}", setting=setting
+        )
 
     waiting = [folder] if folder.is_dir() and not holds_output(folder) else []
     while waiting:

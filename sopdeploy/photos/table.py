@@ -168,7 +168,7 @@ def _build_targets(
     if not_single.size > 0:
         place = rows[not_single[0]].place
         raise DataError(
-            f"{table}: {place}: has no class or several, but the network predicts "
+            f"{table}: {place}: has no class or several classes, but the network predicts "
             "one; keep one class"
         )
     return targets.argmax(axis=1)

@@ -234,7 +234,7 @@ def join_processes() -> Iterator[None]:
         if number >= count:
             raise ConfigError(
                 f"process {number + 1} of this machine has no GPU of its own, "
-                f"there are {count}; start one process per GPU, or hide the GPUs "
+                f"because there are {count}; start one process per GPU, or hide the GPUs "
                 "with CUDA_VISIBLE_DEVICES= to compute on the CPU"
             )
         torch.cuda.set_device(number)
@@ -263,7 +263,7 @@ def join_processes() -> Iterator[None]:
         if not is_of_connection and not isinstance(error, dist.DistError):
             raise
         raise TrainingError(
-            "another process of the run ended, see its message and resume it"
+            "another process of the run ended; read its message, then resume the run"
         ) from error
     else:
         dist.destroy_process_group()

@@ -210,7 +210,7 @@ class StartConfig(StartWeights):
     @pydantic.model_validator(mode="after")
     def _check_classifier_lr(self) -> "StartConfig":
         if self.classifier_lr is not None and not self.classifier_epochs:
-            raise ValueError("without effect if classifier_epochs is 0; omit classifier_lr")
+            raise ValueError("not used if classifier_epochs is 0; omit classifier_lr")
         return self
 
 

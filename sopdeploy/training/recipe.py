@@ -160,14 +160,14 @@ class Recipe(SharedSettings, LoopSettings):
         """
         if ignored := [key for key in given if not self.reads(key)]:
             raise ConfigError(
-                f"{', '.join(ignored)}: without effect in the procedure "
+                f"{', '.join(ignored)}: not used by the procedure "
                 f"{self.procedure.kind}; remove them, or choose another one with "
                 "procedure.kind, for example procedure.kind=loop, which trains all weights"
             )
 
         if not holds_out and (ignored := [key for key in given if key in HOLD_OUT_KEYS]):
             raise ConfigError(
-                f"{', '.join(ignored)}: without effect, because the data have "
+                f"{', '.join(ignored)}: not used, because the data have "
                 "validation images; remove them"
             )
 
@@ -181,7 +181,9 @@ class Recipe(SharedSettings, LoopSettings):
     def head_options(self) -> HeadOptions:
         """The options of the procedure, which fits a classifier to features of a frozen network."""
         if not isinstance(self.procedure, HeadOptions):
-            raise TypeError(f"the procedure {self.procedure.kind} fits no such classifier")
+            raise TypeError(
+                f"the procedure {self.procedure.kind} does not fit such a classifier"
+            )
         return self.procedure
 
     @property

@@ -161,7 +161,7 @@ class RunFolder:
             folder for folder in (self.path, *self.path.absolute().parents) if folder.exists()
         )
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            message = f"{self.path} cannot be written in {nearest}; choose another"
+            message = f"{self.path} cannot be created in {nearest}; choose another"
             raise StorageError(message, setting="out")
 
     def is_save_due(self, config: SaveConfig) -> bool:

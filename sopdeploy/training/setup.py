@@ -463,9 +463,7 @@ def _check_data(
             ignored.add("rejection.unknown")
         if ignored:
             names = ", ".join(sorted(ignored))
-            raise ConfigError(
-                f"{names}: without effect where images have several classes; remove it"
-            )
+            raise ConfigError(f"{names}: not used where images have several classes; remove it")
 
     # Without hashes, the few-shot procedure warns later, when it has read the files; a loop of
     # more than `MAX_HASHED` images does not warn.

@@ -360,7 +360,7 @@ def test_a_certificate_of_one_network_cannot_say_that_three_were_compared(bundle
 def test_each_report_is_about_the_precision_in_the_manifest(bundle: Path) -> None:
     changed_json(bundle, "precision.json", precision="int8")
     rejection(
-        forge(bundle), "precision.json: is about the precision int8, the manifest says fp32"
+        forge(bundle), "precision.json: is about the precision int8, but the manifest says fp32"
     )
 
 

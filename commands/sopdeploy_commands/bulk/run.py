@@ -181,7 +181,7 @@ def _classify_to_csv(
     for name in options.model_fields_set:
         if getattr(options, name) != ClassifyOptions.model_fields[name].default:
             raise ConfigError(
-                "only with a folder of parquet files; give one as out", setting=name
+                "works only with a folder of parquet files; give one as out", setting=name
             )
     skipped = Counter[str]()
     images = list(list_sources(sources, skipped))

@@ -514,7 +514,7 @@ def engine(
 
     # The converter of torch-tensorrt starts from the checkpoint, which not every bundle has.
     if options.via == "torch-tensorrt" and "network" in opened_bundle.manifest.config:
-        message = f"{bundle}: is of a network of your own, which has no checkpoint to convert; omit via"
+        message = f"{bundle}: holds a network of your own, which has no checkpoint to convert; omit via"
         raise EngineError(message)
     if options.via == "torch-tensorrt" and options.checkpoint is None:
         problem = "converts the program of the checkpoint that was exported"

@@ -47,7 +47,7 @@ def write_runs_page() -> None:
     from sopdeploy.html.report import HtmlReport, Section, Table, render
 
     table = Table(
-        caption="The report on a run is report.html in its folder. Each train and each export updates this page.",
+        caption="The report on a run is report.html in its folder. The commands train and export update this page.",
         columns=["date (UTC)", "run", "images", "classes", "accuracy", "bundle", "state"],
         rows=[_cells(row) for row in list_runs()],
     )

@@ -111,7 +111,7 @@ def promote(
 
     before = _read_target(over)
     if over.exists() and os.path.realpath(over) == os.path.realpath(new):
-        raise ConfigError(f"{over}: leads to this bundle already; name another one")
+        raise ConfigError(f"{over}: already leads to this bundle; name another one")
 
     # A damaged bundle must not become live.
     after = target_of(over, new)

@@ -207,12 +207,12 @@ def _check_options(source: Path, kind: str, options: EvaluateOptions) -> None:
     for setting, needed in (("runtime", "bundle"), ("fit_decision", "checkpoint")):
         if getattr(options, setting) and kind != needed:
             raise ConfigError(
-                f"only for a {needed}, this is a {kind}; omit it", setting=setting
+                f"works only with a {needed}, but this is a {kind}; omit it", setting=setting
             )
 
     fitted = options.fit_decision
     if fitted is not None and options.mirror:
-        message = "decides about the image alone, as a server does; omit mirror"
+        message = "is for servers, which do not add the mirror image; omit mirror"
         raise ConfigError(message, setting="fit_decision")
     if fitted is not None and fitted.exists() and source.exists() and fitted.samefile(source):
         message = "is the evaluated checkpoint; give another file"

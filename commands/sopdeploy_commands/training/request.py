@@ -127,7 +127,8 @@ def read_changes(
 
     if recipe is not None and options.from_ is not None:
         raise ConfigError(
-            "not with a recipe, which the run has; omit one of them", setting="from"
+            "cannot be combined with a recipe, because the run has one; omit one of them",
+            setting="from",
         )
 
     source = recipe or FOLDER_RECIPE

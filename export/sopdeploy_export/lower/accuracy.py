@@ -93,7 +93,8 @@ class AccuracyCheck:
             folder = None if options.calibrate is None else options.calibrate.resolve()
             if folder == options.evaluate.resolve():
                 raise ConfigError(
-                    "is the folder that calibrates; give other images", setting="evaluate"
+                    "is also the folder of the calibration images; give other images",
+                    setting="evaluate",
                 )
             self._labeled = open_evaluation_images(
                 options.evaluate,
@@ -266,7 +267,7 @@ def number_distinct(images: NDArray[np.uint8]) -> NDArray[np.int64]:
     count = int(distinct_P.max()) + 1
     if count < MIN_DISTINCT:
         raise DataError(
-            f"{count} distinct images, and images that are alike count once; give at least {MIN_DISTINCT}",
+            f"only {count} distinct images, because images that are alike count once; give at least {MIN_DISTINCT}",
             setting="calibrate",
         )
     return distinct_P

@@ -22,4 +22,6 @@ def prove_graph(trained: Compared, plain: Compared | None) -> None:
     """Raise `CertificateError` if *plain* has another root than *trained*."""
     if plain is not None and plain.root.sha256 != trained.root.sha256:
         difference = describe_difference(trained.root, plain.root, plain.role)
-        raise CertificateError(f"the trained network is not the {plain.role} one: {difference}")
+        raise CertificateError(
+            f"the trained network differs from the {plain.role} one: {difference}"
+        )

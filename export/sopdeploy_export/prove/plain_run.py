@@ -113,7 +113,7 @@ def measure_plain_run(
         with other_values(removed):
             changed = run_plainly(network, first)
         problem = (
-            f"while {shorten(list(parts))} has other values, the network gives other outputs; "
+            f"the network gives other outputs if {shorten(list(parts))} has other values; "
             "the outputs must not depend on what is removed"
         )
         _check_equal(expected, changed, problem, "training_only")

@@ -136,7 +136,9 @@ def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
         )
 
     if query.explain:
-        raise bad_request("malformed_request", "reported: is not explained; omit explain")
+        raise bad_request(
+            "malformed_request", "reported: cannot be combined with explain; omit explain"
+        )
 
     if query.reported and (problem := class_problem(query.reported)):
         message = f"reported: {problem}; write the name of a class, or leave it empty"

@@ -113,7 +113,7 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
             code = TOO_MUCH_MEMORY
             status = 413
             limit = f"{options.memory // 10**6} MB, the memory for an image"
-            message = f"decoding needs more than {limit}; send it smaller"
+            message = f"decoding the image needs more than {limit}; send a smaller image"
     except Exception:  # a bug fails its own image
         sys.excepthook(*sys.exc_info())
         code = "decoder_failed"

@@ -399,7 +399,7 @@ def _open_session(
     tensors = [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())]
     if tensors != declared:
         raise RuntimeUnavailableError(
-            f"{bundle.path / GRAPH}: the graph has the tensors {tensors}, the manifest says {declared}; "
+            f"{bundle.path / GRAPH}: the graph has the tensors {tensors}, but the manifest says {declared}; "
             "export the bundle again"
         )
 

@@ -188,7 +188,7 @@ def link_to(target: Callable[[Path], Path]) -> Callable[[Path], object]:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, "missing|no manifest"),
-    "too long": (grow, "bytes, the manifest says|not JSON"),
+    "too long": (grow, "bytes, but the manifest says|not JSON"),
     "the first bit flipped": (
         lambda file: flip(file, 0),
         "its sha256 is not the one in|not JSON",
@@ -504,7 +504,7 @@ def changed(
 WRONG: dict[str, tuple[Wrong, str]] = {
     "slightly off": (
         changed(lambda v: v + 0.0011),
-        r"'logits' deviates by 0\.0011 in a batch of \d, the bound is 0\.001",
+        r"'logits' deviates by 0\.0011 in a batch of \d, but the bound is 0\.001",
     ),
     "wrong second output": (changed(lambda v: v + 0.0005, "gate"), "'gate' deviates"),
     "NaN": (changed(lambda v: v * np.nan), "not finite"),

@@ -216,7 +216,7 @@ def test_images_are_grouped_by_the_match_of_a_pattern(tmp_path: Path):
     ("pattern", "error", "problem"),
     [
         ("^video", DataError, "cat/0.jpg"),
-        ("(", ConfigError, "no regular expression"),
+        ("(", ConfigError, "not a regular expression"),
     ],
 )
 def test_a_pattern_that_finds_nothing_or_is_invalid_is_an_error(

@@ -214,7 +214,7 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(
     expected = (
         place
         if fault == "not found"
-        else f"{name}: removed, its SHA-256 is .*, not {name[9:17]}"
+        else f"{name}: removed, because its SHA-256 is .*, not {name[9:17]}"
     )
 
     assert re.search(expected, str(error.value))

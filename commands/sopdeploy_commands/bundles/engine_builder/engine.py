@@ -96,7 +96,7 @@ def get_engine(
                 path=folder / f"{key.name}.plan", record=cached.record, reason=None
             )
         except ParityError as error:
-            reason = f"the cached engine is wrong, {error}"
+            reason = f"the cached engine is wrong: {error}"
     else:
         reason = cached  # why there is none
 
