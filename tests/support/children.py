@@ -101,29 +101,6 @@ def line_of(child: subprocess.Popen[str]) -> str:
         timer.cancel()
 
 
-def announced_by(child: subprocess.Popen[str], pattern: str) -> str:
-    """Return the first group of *pattern* in the first line of *child* that begins with it."""
-    while line := line_of(child):
-        if found := re.match(pattern, line):
-            return found[1]
-    raise AssertionError(f"{child.args} ended before it printed {pattern!r}")
-
-
-@contextmanager
-def announcing(pattern: str, *arguments: str, **options: Any) -> Iterator[str]:
-    """Run a command that serves until the block ends; yield the URL that *pattern* finds in its output."""
-    command = [sys.executable, "-u", "-m", "sopdeploy", *arguments]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, encoding="utf-8", **options
-    ) as child:
-        try:
-            yield announced_by(child, pattern)
-            child.send_signal(signal.SIGINT)
-            assert child.wait(60) == 0
-        finally:
-            child.kill()
-
-
 def children_of(parent: int) -> list[int]:
     """List the child processes of the process *parent*."""
     files = Path(f"/proc/{parent}/task").glob("*/children")  # each thread has its own

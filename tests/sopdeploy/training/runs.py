@@ -17,11 +17,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
-from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.batches import Batch, load_batches
 from sopdeploy.data.sources import open_data
-from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.registry import create_model
 from sopdeploy.photos.photo import LabeledImages, Split
 from sopdeploy.report.page import write_run_page
 from sopdeploy.training.callback import Callback
@@ -168,23 +166,6 @@ def same_run(left: Path, right: Path) -> bool:
 
 
 COLORS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
-
-
-def save_random(path: Path, name: str = "resnet8", **config: Any) -> str:
-    """Write a checkpoint of the network *name* with random weights to *path*, for `--weights`; return it."""
-    network = create_model(name, num_classes=2, **config)
-    write_checkpoint(
-        path,
-        Checkpoint(
-            model=name,
-            config=network.config.model_dump(mode="json"),
-            weights=network.state_dict(),
-            labels=("a", "b"),
-            preprocess=Preprocess(resize=16, crop=16),
-            training={},
-        ),
-    )
-    return str(path)
 
 
 SMALL = [
