@@ -61,11 +61,10 @@ def test_the_missing_library_is_named(
         __version__="1.31.1",
         preload_dlls=lambda **_: sys.stdout.write("x"),
     )
-    advice = (
-        "" if opened == DRIVER else rf" \({REASON}\); run: pip install \"sopdeploy\[gpu\]\"$"
-    )
-    with pytest.raises(RuntimeUnavailableError, match=message + advice) as caught:
+
+    with pytest.raises(RuntimeUnavailableError, match=message) as caught:
         load_cuda_libraries(module)
+    assert ("sopdeploy[gpu]" in str(caught.value)) is (opened != DRIVER)
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
     order = [DRIVER, SHARED, CUDA_PROVIDER, CUDNN]
