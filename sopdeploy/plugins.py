@@ -31,8 +31,7 @@ from sopdeploy.nearest import did_you_mean
 # groups of entry points
 _GROUP = "sopdeploy.plugins"
 RECIPES = "sopdeploy.recipes"
-_PAPERS = "sopdeploy-papers"
-_THIS_PROJECT = ("sopdeploy", _PAPERS)
+_THIS_PROJECT = ("sopdeploy", "sopdeploy-papers")
 VARIABLE = "SOPDEPLOY_PLUGINS"
 # of the teacher that is trained with its student
 JOINT = "joint"
@@ -141,7 +140,7 @@ class PluginRegistry(Generic[_Item]):
     def suggest(self, name: str, otherwise: str = "") -> str:
         """Ask "did you mean NAMES?" with the known names nearest to *name*; *otherwise* if none is near."""
         if name in OF_PAPERS:
-            return f"the {self.kind} {name} is part of {_PAPERS}; run: pip install {_PAPERS}"
+            return f"the {self.kind} {name} is in a package of its own; run: pip install sopdeploy-papers"
         return did_you_mean(name, [*self.own(), *self.registered], otherwise)
 
 
