@@ -41,9 +41,10 @@ GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 # Rounding errors of float32, relative to the largest output, that sums in another order explain.
 MOST_ROUNDINGS = 4096
 # Sizes of the batches in a plain run, together the number of the images of an export; larger ones than the
-# largest batch are left out. The first batch runs again at the end. Two images run alone: one has bars, the
-# other one has extreme pixels.
+# largest batch are left out. Two images run alone: one has bars, the other one has extreme pixels. The first
+# of these runs again at the end.
 SIZES = (2, 1, 1, 3, 6)
+REPEATED = 1  # the number of this batch
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -119,7 +120,7 @@ def widen_dtype(value: Any) -> Any:
 
 
 class PlainOutputs(NamedTuple):
-    """The outputs (P, ...) of a plain run for P images, and of its first batch, which ran again at the end."""
+    """The outputs (P, ...) of a plain run for P images, and of its batch `REPEATED`, which ran again at the end."""
 
     outputs: tuple[Tensor, ...]
     repeated: tuple[Tensor, ...]
@@ -143,7 +144,7 @@ def run_as_users_do(run: BatchRun, images: Tensor, largest: int) -> PlainOutputs
     """Run uint8 *images* (P, H, W, 3) in batches of at most *largest*, with torch's fast path."""
     batches = divide(images, largest)
     runs = [run_batch(run, batch) for batch in batches]
-    repeated = run_batch(run, batches[0])
+    repeated = run_batch(run, batches[REPEATED])
     outputs = [torch.cat(parts)[: len(images)] for parts in zip(*runs, strict=True)]
     return PlainOutputs(tuple(outputs), repeated)
 

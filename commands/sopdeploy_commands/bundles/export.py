@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from sopdeploy_commands.bundles.engine_builder.engine import EngineFile
+    from sopdeploy_export.capture.program import Trace
     from sopdeploy_export.pack.results import Exported
 
 CLASS_NAMES_FILE = "labels.txt"
@@ -345,8 +346,8 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     with prepared(network, logits_key=options.logits_key) as prepared_network:
         admitted = admit(prepared_network, preprocess, several_classes=options.several_classes)
         if not options.allow_constants:
-            program = admitted.trained.trace.program
-            _check_constants(program, build, prepared_network, admitted.preprocess)
+            traced = admitted.trained.trace
+            _check_constants(traced, build, prepared_network, admitted.preprocess)
 
     # The export needs a file of names if the weights have none of these classes. Two names fit one
     # logit.
@@ -383,12 +384,12 @@ def _fitting_labels(labels: tuple[str, ...] | None, num_names: int) -> tuple[str
 
 
 def _check_constants(
-    program: "ExportedProgram",
+    traced: "Trace",
     build: "Callable[[], nn.Module]",
     trained: "nn.Module",
     preprocess: Preprocess,
 ) -> None:
-    """Refuse large tensors of *program* that the network *trained* does not register, as an export does.
+    """Refuse large tensors of *traced* that the network *trained* does not register, as an export does.
 
     Those that *build* makes again are accepted (`check_constants`).
     """
@@ -398,13 +399,13 @@ def _check_constants(
     from sopdeploy_export.prove.constants import check_constants
     from sopdeploy_export.user_network.export_network import checked_builder
 
-    check_trained_are_registered(trained, preprocess)
+    check_trained_are_registered(traced)
     rebuild = checked_builder(build, trained)
 
     def capture_rebuilt() -> "ExportedProgram":
         return trace(rebuild(), preprocess, BatchRange()).program
 
-    check_constants(program, capture_rebuilt)
+    check_constants(traced.program, capture_rebuilt)
 
 
 def _export_command(weights: Path, options: Mapping[str, Any]) -> str:

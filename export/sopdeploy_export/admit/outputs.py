@@ -1,14 +1,11 @@
 """Checks of what a network returns, and of how its graph ends."""
 
 import re
-from collections.abc import Container, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import (
     ConfigError,
@@ -17,9 +14,9 @@ from sopdeploy.errors import (
     amount,
     first_line,
 )
-from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.capture.deployed import Deployed, generated_images
+from sopdeploy_export.capture.deployed import Deployed
 from sopdeploy_export.capture.failures import DEPENDS_ON_VALUES, failing_line
+from sopdeploy_export.capture.program import Trace
 from sopdeploy_export.network import attributes_restored, tensors
 from sopdeploy_export.program_hashes import operator_name
 from sopdeploy_export.runs import PlainOutputs, run_as_users_do
@@ -64,54 +61,19 @@ def run_first(
         return run_as_users_do(run, images, largest)
 
 
-class _SeesTrained(TorchFunctionMode):
-    """Notes an operand of a call that requires a gradient, is not a result, and is not in *registered* memory."""
-
-    def __init__(self, registered: Container[int]) -> None:
-        super().__init__()
-        self._registered = registered
-        self.found: Tensor | None = None
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Look at the operands, and call *function*."""
-        del types
-        # `requires_grad` of a tensor is such a call itself.
-        with torch._C.DisableTorchFunction():
-            for operand in tree_leaves((args, kwargs)):
-                is_parameter = isinstance(operand, Tensor) and operand.requires_grad
-                if (
-                    is_parameter
-                    and operand.is_leaf
-                    and _memory(operand) not in self._registered
-                ):
-                    self.found = operand
-        return function(*args, **(kwargs or {}))
-
-
-def check_trained_are_registered(network: nn.Module, preprocess: Preprocess) -> None:
-    """Raise `LoweringError` if *network* uses a trainable tensor that none of its modules registers.
+def check_trained_are_registered(trace: Trace) -> None:
+    """Raise `LoweringError` if the captured code uses a trainable tensor that no module of its network registers.
 
     Training can have changed it, and no weight file holds it, whatever its size: a parameter in a
     list or in a global variable.
     """
-    registered = {_memory(tensor) for tensor in tensors(network).values()}
-    images = torch.from_numpy(generated_images(preprocess.crop)[:1])
-    with attributes_restored(network), torch.no_grad(), _SeesTrained(registered) as seen:
-        Deployed(network, preprocess).eval()(images)
-
-    if seen.found is not None:
+    tensor = trace.unregistered
+    if tensor is not None:
         raise LoweringError(
-            f"the output depends on a trainable tensor of shape {tuple(seen.found.shape)} that is not a registered "
+            f"the output depends on a trainable tensor of shape {tuple(tensor.shape)} that is not a registered "
             "parameter, so no weight file contains it; use ModuleList, ParameterList or register_parameter",
             remedies={"allow_constants": True},
         )
-
-
-def _memory(tensor: Tensor) -> int:
-    """Return where the storage of *tensor* begins, which a view shares with its base."""
-    return tensor.untyped_storage().data_ptr()
 
 
 def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:

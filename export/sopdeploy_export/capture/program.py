@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.sym_node import SymNode
@@ -45,12 +45,14 @@ class Trace(NamedTuple):
     `program` is for any batch size; `functionalize` changes it in place. `created` names the
     buffers that a first run of the network creates or replaces. The program has them; the
     network itself is unchanged. `read_names` are the parameters and buffers that code of the network
-    read as Python numbers, so that their values are in the program.
+    read as Python numbers, so that their values are in the program. `unregistered` is a trainable tensor
+    that its code used and that none of its modules registers, if there is one.
     """
 
     program: ExportedProgram
     created: tuple[str, ...]
     read_names: frozenset[str]
+    unregistered: Tensor | None
 
 
 def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Trace:
@@ -64,22 +66,21 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Trac
         # the reason can be that its first run creates buffers.
         failure: LoweringError | None = None
         try:
-            program, read_names = export_program(network, preprocess, batch)
-            specs = program.graph_signature.output_specs
+            traced = export_program(network, preprocess, batch)
+            specs = traced.program.graph_signature.output_specs
             if all(spec.kind != OutputKind.BUFFER_MUTATION for spec in specs):
-                return Trace(program, (), read_names)
+                return traced
         except LoweringError as error:
             failure = error
 
         # Create them, and capture what the network does in its second run.
         created = create_buffers(network, preprocess)
         if created:
-            program, read_names = export_program(network, preprocess, batch)
-            return Trace(program, created, read_names)
+            return export_program(network, preprocess, batch)._replace(created=created)
         if failure is not None:
             raise failure
         # It writes to a stored buffer, which `program_root` refuses.
-        return Trace(program, (), read_names)
+        return traced
 
 
 def capture_any_batch(
@@ -92,13 +93,10 @@ def capture_any_batch(
     return functionalize(trace(network, preprocess, batch).program, batch)
 
 
-def export_program(
-    network: nn.Module, preprocess: Preprocess, batch: BatchRange
-) -> tuple[ExportedProgram, frozenset[str]]:
+def export_program(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Trace:
     """Run torch.export on *network* for all batch sizes of *batch*; *network* is unchanged afterwards.
 
-    Returns the program, and the names of the tensors whose values the network's code read. Raises the
-    `LoweringError` of `capturing`, which says what failed, where, and what to do.
+    Raises the `LoweringError` of `capturing`, which says what failed, where, and what to do.
     """
     deployed = Deployed(network, preprocess).eval()
     size = min(2, batch.maximum)  # torch.export makes a dimension of size 1 constant
@@ -119,9 +117,8 @@ def export_program(
     ):
         try:
             program = run_export()
-            return program, frozenset(
-                name.removeprefix(NETWORK_PREFIX) for name in forms.read_names
-            )
+            names = (name.removeprefix(NETWORK_PREFIX) for name in forms.read_names)
+            return Trace(program, (), frozenset(names), forms.unregistered)
         except Exception as error:  # the network's own code, which can raise anything
             match = BY_SIZE.words.search(str(error))
             if match is None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -32,6 +34,7 @@ RETURN_NEW = {
         "linear",
     )
 }
+TRACED = (FakeTensor, FunctionalTensor)
 IN_PLACE = {
     f"aten.{name}_.default": name
     for name in ("hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "silu")
@@ -232,11 +235,16 @@ class SymbolicForms(TorchFunctionMode):
     `cdist` and `contiguous`. Instance norm with running statistics becomes a batch norm; torch would make
     one image of the whole batch for it. Code that reads tensors of Python numbers gets their
     values, and so does code that reads parameters or buffers of the captured *network*.
+
+    `unregistered` is a trainable tensor that code used and no module of *network* registers; else None.
     """
 
     def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()
         self._numbers = PythonNumbers(network)
+        stored = {} if network is None else tensors(network)
+        self._registered = {_memory(tensor) for tensor in stored.values()}
+        self.unregistered: Tensor | None = None
 
     @property
     def read_names(self) -> frozenset[str]:
@@ -252,6 +260,7 @@ class SymbolicForms(TorchFunctionMode):
         """
         del types
         kwargs = kwargs or {}
+        self._look_for_trained(args, kwargs)
 
         # The result is a number, which the network's code reads; a tensor; or not known (None).
         # This also forgets the known tensors if the call may change one of them.
@@ -263,6 +272,26 @@ class SymbolicForms(TorchFunctionMode):
         if value is not None:
             self._numbers.remember(result, value)
         return result
+
+    def _look_for_trained(self, args: Any, kwargs: Any) -> None:
+        """Set `unregistered` if an operand of a call is a trainable tensor outside of the registered memory."""
+        # `requires_grad` of a tensor is such a call itself.
+        with torch._C.DisableTorchFunction():
+            for operand in tree_leaves((args, kwargs)):
+                # torch.export replaces registered tensors and results by tensors of its own types.
+                is_real = isinstance(operand, Tensor) and not isinstance(operand, TRACED)
+                if (
+                    is_real
+                    and operand.requires_grad
+                    and operand.is_leaf
+                    and _memory(operand) not in self._registered
+                ):
+                    self.unregistered = operand
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return where the storage of *tensor* begins, which a view shares with its base."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _chunk(input: Tensor, chunks: int, dim: int = 0) -> Any:

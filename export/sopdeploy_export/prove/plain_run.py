@@ -5,8 +5,8 @@ fast path, in batches of `SIZES`, on the images of `export_images`, before it is
 (`run_as_users_do`). Its outputs may differ from its graph's by rounding, because sums can have
 another order. The file of the graph has run on these images already (`images`), so the graph itself
 only runs where the file gives something else.
-The first run is repeated after all others, after the capture, and while the removed tensors hold
-other values. All must give the same bits.
+The run of a single image is repeated after all others, and after the capture; the first run is
+repeated while the removed tensors hold other values. All must give the same bits.
 
 Not seen: code that does something else only for images that resemble none of these, in larger
 batches, or after many more runs.
@@ -32,6 +32,7 @@ from sopdeploy_export.program_hashes import are_equal
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.runs import (
     MOST_ROUNDINGS,
+    REPEATED,
     Arrays,
     PlainOutputs,
     divide,
@@ -50,7 +51,7 @@ USE_TENSORS = (
     "its code must depend neither on the batch size, on earlier runs, or on being exported, nor on values of "
     "images, unless by operators such as torch.where"
 )
-REPEATED = f"a second run of the network gives other outputs; {STATELESS}"
+GIVES_OTHERS = f"a second run of the network gives other outputs; {STATELESS}"
 FAST_PATH = (
     "only torch's fast path of nn.TransformerEncoder does so: it sets the tokens to 0 that "
     "src_key_padding_mask leaves out; build it with enable_nested_tensor=False, or pool the other tokens only"
@@ -103,13 +104,18 @@ def measure_plain_run(
                 raise _describe_difference(names[start + place], network, batch, captured)
         start += len(batch)
 
-    # The first batch, after all others; then after the capture, also with other removed tensors.
-    first = batches[0]
-    expected = [output[: len(first)] for output in plain.outputs]
-    _check_equal(expected, plain.repeated, REPEATED)
-    _check_equal(expected, run_plainly(network, first), REPEATED)
+    # An image alone, after all others; then after the capture.
+    alone = batches[REPEATED]
+    start = sum(map(len, batches[:REPEATED]))
+    expected = [output[start : start + len(alone)] for output in plain.outputs]
+    _check_equal(expected, plain.repeated, GIVES_OTHERS)
+    _check_equal(expected, run_plainly(network, alone), GIVES_OTHERS)
+
+    # The first batch with other removed tensors.
     removed = [tensor for name, tensor in trained.tensors.items() if is_in(name, *parts)]
     if removed:
+        first = batches[0]
+        expected = [output[: len(first)] for output in plain.outputs]
         with other_values(removed):
             changed = run_plainly(network, first)
         problem = (

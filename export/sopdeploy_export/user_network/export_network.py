@@ -145,7 +145,7 @@ def export_network(
         preprocess = admitted.preprocess
 
         if not allow_constants:
-            check_trained_are_registered(network, preprocess)
+            check_trained_are_registered(admitted.trained.trace)
 
         # What it is compared with: the plain network, or itself built again.
         builder = rebuild if plain is None else plain
