@@ -13,9 +13,7 @@ from sopdeploy.config import FieldValues, Options
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import BEST, expand_user
 from sopdeploy.paths import WeightPath, check_is_weights, describe_wrong, what_is
-from sopdeploy.photos.evaluation_images import ANY_IMAGES, open_unknown
 from sopdeploy.photos.files import check_takes_output, data_folder
-from sopdeploy.photos.folder import open_folder
 from sopdeploy.project import RUNS, Name, folder_project
 from sopdeploy.training.recipe_files import parse_override, read_values, select_by_name
 
@@ -171,6 +169,10 @@ def read_request(
 
     Raises `ConfigError`, `DataError`, `WeightsError` and `CheckpointError` for what the user gave.
     """
+    # They import numpy, which `train --help` does not need.
+    from sopdeploy.photos.evaluation_images import ANY_IMAGES, open_unknown
+    from sopdeploy.photos.folder import open_folder
+
     # What a user may have mistyped, before torch is imported
     changes = read_changes(data, recipe, options, settings)
 
