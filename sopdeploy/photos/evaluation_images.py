@@ -1,4 +1,4 @@
-"""Images for a trained network: labeled ones, with its classes; those of no class; or any.
+"""Labeled images for a trained network, with its classes.
 
 Letter: N images.
 """
@@ -7,11 +7,10 @@ import os
 from functools import cache
 from importlib import resources
 from pathlib import Path, PurePath
-from typing import NamedTuple
 
 import numpy as np
 
-from sopdeploy.errors import DataError, amount, shorten
+from sopdeploy.errors import DataError, shorten
 from sopdeploy.images.signatures import count_suffixes, note_skipped
 from sopdeploy.photos.causes import no_classes_error
 from sopdeploy.photos.class_folders import is_pattern, list_classes
@@ -20,20 +19,17 @@ from sopdeploy.photos.files import (
     Log,
     data_folder,
     hint_at_spelling,
-    list_images,
     list_subfolders,
     naming_all_undecodable,
     normalize,
     split_names,
 )
-from sopdeploy.photos.kept import SAMPLE_FOLDER, is_kept_as_unsure
 from sopdeploy.photos.layout import Layout, find_layout
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, select_classes
 from sopdeploy.photos.table import check_has_classes, read_label_table
 from sopdeploy.project import AS_IT_IS, FolderReading
 
-ANY_IMAGES = "JPEG or PNG files, with or without subfolders"
 # What runs of 0.3.0 recorded that is not read any more: tables that are not CSV files, and files beside images
 FORMER_TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml")
 FORMER_FILES = "files"
@@ -217,51 +213,3 @@ def class_aliases() -> dict[str, str]:
     )
     name_of_id = dict(line.split(" ", 1) for line in text.splitlines())
     return name_of_id | {name: wordnet_id for wordnet_id, name in name_of_id.items()}
-
-
-def open_any_images(root: Path) -> ImageFiles:
-    """Open all images below *root*, without their classes; raises `DataError` if there are none."""
-    root = data_folder(root, ANY_IMAGES)
-    with naming_all_undecodable(root):
-        listed, others = list_images(root)
-    note_skipped(root, count_suffixes(others))
-    paths = np.asarray(listed, dtype=np.bytes_)
-    if not len(paths):
-        raise DataError(f"{root}: holds no images; give a folder with {ANY_IMAGES}")
-    return ImageFiles(root, ("",), paths, np.zeros(len(paths), dtype=np.int64))
-
-
-class UnknownImages(NamedTuple):
-    """The images of no class, None if none remain, and a note about those that were left out, if any."""
-
-    images: ImageFiles | None
-    note: str
-
-
-def open_unknown(root: Path) -> UnknownImages:
-    """Open the images of no class below *root*, without those that a server kept because of their scores.
-
-    The live network rejected most of these, so that the share that a network rejects would seem
-    higher than it is. Those of the uniform sample remain. Raises `DataError` if the folder has no
-    images at all.
-    """
-    images = open_any_images(root)
-    paths = [images.path(index) for index in range(len(images))]
-
-    # A kept photograph has an ID as its name. Those in `SAMPLE_FOLDER` were drawn whatever their
-    # scores.
-    are_biased = [
-        path.parent.name != SAMPLE_FOLDER and is_kept_as_unsure(path.name) for path in paths
-    ]
-    num_left_out = sum(are_biased)
-    num_remaining = len(images) - num_left_out
-    if not num_left_out:
-        return UnknownImages(images, "")
-
-    note = (
-        f"{root}: {amount(num_left_out, 'photo')} left out, because a server "
-        f"kept them outside of its sample, mostly as unknown; {num_remaining:,} "
-        "remain"
-    )
-    remaining = images.select(~np.asarray(are_biased)) if num_remaining else None
-    return UnknownImages(remaining, note)

@@ -27,9 +27,9 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
+from sopdeploy.photos.any_images import UnknownImages, open_unknown
 from sopdeploy.photos.clips import clips_of_images
 from sopdeploy.photos.copies import NO_PAIRS, Grouped, Groups, connect, group_photographs
-from sopdeploy.photos.evaluation_images import UnknownImages, open_unknown
 from sopdeploy.photos.file_checks import (
     count_formats,
     describe_contradictions,

@@ -34,7 +34,7 @@ from sopdeploy.paths import (
     needs_network,
     what_is,
 )
-from sopdeploy.photos.evaluation_images import ANY_IMAGES
+from sopdeploy.photos.any_images import ANY_IMAGES
 from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.project import RUNS, file_project
 from sopdeploy_export.options import (

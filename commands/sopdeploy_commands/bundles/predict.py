@@ -25,7 +25,7 @@ from sopdeploy.images.encode import (
     naming,
 )
 from sopdeploy.images.occlusion import GRID, occlude
-from sopdeploy.photos.evaluation_images import open_any_images
+from sopdeploy.photos.any_images import open_any_images
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import NONFINITE, HttpError

@@ -170,7 +170,7 @@ def read_request(
     Raises `ConfigError`, `DataError`, `WeightsError` and `CheckpointError` for what the user gave.
     """
     # They import numpy, which `train --help` does not need.
-    from sopdeploy.photos.evaluation_images import ANY_IMAGES, open_unknown
+    from sopdeploy.photos.any_images import ANY_IMAGES, open_unknown
     from sopdeploy.photos.folder import open_folder
 
     # What a user may have mistyped, before torch is imported

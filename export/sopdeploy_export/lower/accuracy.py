@@ -18,8 +18,9 @@ from sopdeploy.bundle.onnx_root import NO_WEIGHTS
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.any_images import open_any_images
 from sopdeploy.photos.copies import connect
-from sopdeploy.photos.evaluation_images import open_any_images, open_evaluation_images
+from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.project import AS_IT_IS, Origin
 from sopdeploy_export.capture.deployed import INPUT, evenly_spread
