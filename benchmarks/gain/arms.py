@@ -59,7 +59,6 @@ ARMS: Mapping[str, Arm] = {
     DSOP: Arm(
         "dsop-head:efficientnet-lite0",
         {"head": _head("gap"), "branch": _head("gap+isqrt")},
-        control=TWICE,
     ),
     THREE_MAPS: Arm(LITE, {"head": _head("gap+mean")}),
     ROOTS: Arm(LITE, {"head": _head("isqrt")}, control=THREE_MAPS),
@@ -73,7 +72,7 @@ ARMS: Mapping[str, Arm] = {
         control=DEFAULT,
     ),
     GMSOP: Arm("gmsop-head:efficientnet-lite0", {"head": _head("gap+isqrt")}, control=DEFAULT),
-    TWICE: Arm(LITE, {"head": _head("gap")}, control=AVERAGES, times=2),
+    TWICE: Arm(LITE, {"head": _head("gap")}, times=2),
 }
 
 

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from measure import markdown
 
-from gain.arms import ARMS, AVERAGES, DEFAULT, THREE_MAPS
+from gain.arms import ARMS, AVERAGES, DEFAULT, THREE_MAPS, TWICE
 from gain.frozen import FROZEN
 from gain.moment_probing import PROBES
 from gain.runs import Answers, Line, Lines, mean_accuracy, paired_gain
@@ -39,6 +39,7 @@ def build_tables(lines: Lines, names: Sequence[str], side: int) -> list[str]:
             "closed form, %",
             "fine-tuned, %",
             "over averages",
+            f"over {TWICE}",
             "over its control",
             "over its closed form",
             "CPU s an epoch",
@@ -121,6 +122,7 @@ def _tuned_rows(lines: Lines, name: str, side: int) -> list[list[str]]:
         arm: lines.select("tuned", name, arm, side) for arm in ARMS
     }
     averages = _answers(runs[AVERAGES])
+    for_longer = _answers(runs[TWICE])  # no other arm trains for more CPU seconds
     rows = []
     for arm, of_arm in runs.items():
         if not of_arm:
@@ -136,6 +138,7 @@ def _tuned_rows(lines: Lines, name: str, side: int) -> list[list[str]]:
                 f"{mean_accuracy(list(frozen.values())):.1f}",
                 f"{mean_accuracy(list(ours.values())):.1f}",
                 "" if arm == AVERAGES else _gain(ours, averages),
+                "" if arm in (AVERAGES, TWICE) else _gain(ours, for_longer),
                 over_control,
                 _gain(ours, frozen),
                 f"{per_epoch:.0f}",
