@@ -26,7 +26,7 @@ from tests.docs.reading import ROOT
 from tests.support import quick_torch
 from tests.support.slow import mostly_slow
 
-PAGE = ROOT / "docs" / "concepts.md"
+PAGE = ROOT / "docs" / "proof.md"
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
 TOLERANCE = 1e-4  # of the largest logit
 

@@ -20,16 +20,10 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-class SiteLoader(yaml.SafeLoader):
-    """Reads mkdocs.yml, whose Python objects become None."""
-
-
-SiteLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
-
-
 def site() -> dict[str, Any]:
-    """Read the settings of the site."""
-    settings: dict[str, Any] = SiteLoader((ROOT / "mkdocs.yml").read_bytes()).get_data()
+    """Read the settings of the site, without the Python objects."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    settings: dict[str, Any] = yaml.safe_load(re.sub(r"!!python/\S+", "", text))
     return settings
 
 
@@ -68,8 +62,13 @@ RUN = re.compile(
 
 
 def command_lines(page: Path) -> list[list[str]]:
-    """List the arguments of each `sopdeploy` command line in code blocks."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    """List the arguments of each `sopdeploy` command line in code blocks of *page*."""
+    return command_lines_of(page.read_text(encoding="utf-8"))
+
+
+def command_lines_of(text: str) -> list[list[str]]:
+    """List the arguments of each `sopdeploy` command line in code blocks of *text*."""
+    text = text.replace("\\\n", " ")
     fenced = re.findall(r"^( *)```\w*\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)
     indented = re.findall(r"^ {4}.*$", text, re.MULTILINE)
     code = "\n".join([*(block for _, block in fenced), *indented])
