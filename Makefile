@@ -222,7 +222,7 @@ sbom: $(STAMP)  ## software bill of materials of the images (CycloneDX): dist/sb
 	done
 	$(if $(BASE_IMAGE),$(BIN)/python deploy/base_image.py '$(BASE_IMAGE)' dist/sbom-cpu.json dist/sbom-gpu.json)
 
-release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS="--dry-run --verbose"]: commit and tag; docs/releasing.md
+release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS="--dry-run --verbose"]: commit and tag; see CONTRIBUTING.md
 	$(BIN)/uv tool run bump-my-version bump --new-version $(or $(VERSION),$(error release: add VERSION=1.2.3)) $(OPTIONS)
 
 # `make lock OPTIONS='--constraint FILE'` keeps versions.

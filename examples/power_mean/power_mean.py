@@ -1,6 +1,9 @@
 """A plug-in with a pooling: the generalized mean of a feature map, whose exponent is trained.
 
 Radenovic et al., "Fine-tuning CNN Image Retrieval with No Human Annotation" (TPAMI 2018).
+
+pip install ./examples/power_mean
+sopdeploy train --recipe digits-plain --set model.name=resnet8 --set model.config.pooling=power-mean
 """
 
 from typing import Literal

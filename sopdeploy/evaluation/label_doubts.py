@@ -14,7 +14,7 @@ from sopdeploy.decision import softmax
 LISTED_RATIO = 20
 # Of the images whose label is not the most probable class, so many have a label that would be
 # listed although it is right. Seven sets decided both numbers; on two others, more of what is
-# listed is wrong, too (docs/decisions.md).
+# listed is wrong, too.
 LISTED_BY_CHANCE = 0.1
 # None is listed if chance lists as many of as many errors in more of the folders than this. Two
 # of two are listed.
@@ -22,7 +22,7 @@ CHANCE_LEVEL = LISTED_BY_CHANCE**2
 # Below this share of images that are classified as their label says, wrong labels often look like
 # errors of the classifier: of 88 wrong ones in two such folders, none was listed, in a third one 12.
 JUDGED = 0.8
-# There, so many labels are shown as suspects, the most contradicted ones (docs/decisions.md).
+# There, so many labels are shown as suspects, the most contradicted ones.
 SUSPECTED = 0.05
 
 

@@ -29,8 +29,7 @@ from sopdeploy.photos.photo import LabeledImages
 
 NEAREST = 32  # images of the class that are known for each image, the most similar first
 # Share of the images beyond chance whose most similar image is related: 0.5 to 1.0 for frames
-# of clips and turntables, 0.3 for tiles and slices of one object, 0 to 0.1 for others
-# (docs/decisions.md).
+# of clips and turntables, 0.3 for tiles and slices of one object, 0 to 0.1 for others.
 CLEAR = 0.45
 DOUBTFUL = 0.25
 # median cosine of frames with the most similar one; those of one camera or place reach 0.3

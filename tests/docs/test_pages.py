@@ -82,7 +82,6 @@ LISTS = (
     "errors",
     "metrics",
     "models",
-    "releasing",
     "compatibility",
 )
 GUIDES = [
@@ -182,13 +181,16 @@ def test_the_project_describes_itself_by_one_sentence_everywhere(file: str) -> N
     assert ABOUT.removeprefix("Train") in without_marks
 
 
-def test_the_readme_tries_it_then_trains_a_network_with_branches_then_on_own_photos() -> None:
+def test_the_readme_tries_and_installs_it_then_trains_with_branches_then_on_own_photos() -> (
+    None
+):
     text = README.read_text(encoding="utf-8")
-    assert len(text.split()) <= 850
-    assert text[: text.index("sopdeploy serve")].count("\n") < 40
+    assert len(text.split()) <= 700
+    assert text[: text.index("sopdeploy serve")].count("\n") < 45
 
-    first, branches, own = blocks(README, "sh")[:3]
+    first, installs, branches, own = blocks(README, "sh")[:4]
     assert first.splitlines() == ["make demo", "make test"]
+    assert [line.split()[:2] for line in installs.splitlines()] == [["pip", "install"]] * 2
     activates, *commands = branches.splitlines()
     assert activates == ". .venv/bin/activate"
     for lines in (commands, own.splitlines()):

@@ -46,7 +46,7 @@ from sopdeploy.training.head_settings import FeatureSettings, HeadOptions
 FEW_GROUPS = 200
 # Weight in the class means of photographs that a server kept outside of its sample. With 1, these atypical ones and
 # their wrong labels move the means: of one set, 83 instead of 93 % of the foreign photographs
-# were rejected, with 1/8 93 % (docs/decisions.md).
+# were rejected, with 1/8 93 %.
 KEPT_WEIGHT = 0.125
 
 

@@ -18,7 +18,7 @@ from sopdeploy.decision import Activation
 from sopdeploy.training.few_shot.targets import Array
 
 SHRINKAGE = 0.1  # share of the identity in the covariance; 0.03 to 0.2 are as good
-COMMON = 1.0  # photographs; 0 to 3 are nearly as good (docs/decisions.md)
+COMMON = 1.0  # photographs; 0 to 3 are nearly as good
 
 
 class Discriminant(NamedTuple):

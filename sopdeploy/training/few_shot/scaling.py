@@ -17,8 +17,8 @@ from sopdeploy.training.few_shot.targets import Array, Indices, Targets
 LOG_SCALES = (-10.0, 10.0)  # of scores divided by their deviation
 # A class of so many photographs is learned about as well as a class of ten
 ENOUGH = 5
-# Share of the photographs of larger classes that a class of fewer than `ENOUGH` may take, by the
-# measurements in docs/decisions.md
+# Share of the photographs of larger classes that a class of fewer than `ENOUGH` may take, by
+# measurements
 TAKEN = 0.01
 
 

@@ -10,8 +10,7 @@ from sopdeploy.evaluation.metrics import Rate, effective_count, wilson
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.training.few_shot.targets import MIN_FOLDS, Array, Indices, count_groups
 
-# Errors fall with the number of objects to the power of 0.7 to 1.7
-# (docs/decisions.md).
+# Errors fall with the number of objects to the power of 0.7 to 1.7.
 LEARNING = 1.5
 
 
