@@ -26,7 +26,7 @@ from sopdeploy.photos.photo import LabeledImages
 
 Groups = NDArray[np.int64]  # a number per image
 _Parts = Sequence[NDArray[np.float32]]  # vectors (N, D_i) of N images, in one or several parts
-COPY = 0.5  # whitened cosine of copies (ARCHITECTURE.md, "Decisions")
+COPY = 0.5  # whitened cosine of copies (`sopdeploy/training/README.md`)
 # Share of a class that no group may reach, and the number of its images
 ONE_GROUP = 0.9
 MIN_ONE_GROUP = 8
