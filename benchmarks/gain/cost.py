@@ -1,9 +1,10 @@
 """What each arm costs when it is deployed: parameters, multiply-adds, and time on one thread of ONNX Runtime."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from time import process_time
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -37,7 +38,9 @@ def cost_table() -> str:
         arm = ARMS[DEFAULT]
         subjects[name] = (arm._replace(config={**arm.config, **options}), side)
 
-    sides = [partial(*_session(arm, side)) for arm, side in subjects.values()]
+    sides: list[Callable[[], Any]] = [
+        partial(*_session(arm, side)) for arm, side in subjects.values()
+    ]
     seconds = interleaved(sides, runs=RUNS, warmups=2, clock=process_time)
     medians = [1e3 * statistics.median(times) for times in seconds]
     rows = []

@@ -8,10 +8,10 @@ import pytest
 
 from sopdeploy.errors import DataError
 from sopdeploy.photos import files
+from sopdeploy.photos.any_images import open_any_images
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.class_folders import list_classes
 from sopdeploy.photos.contents import list_contents
-from sopdeploy.photos.any_images import open_any_images
 from sopdeploy.photos.files import walk
 from sopdeploy.photos.folder import open_folder
 from tests.sopdeploy.photos.test_folder import make, paint
