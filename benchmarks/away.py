@@ -247,6 +247,7 @@ def main() -> None:
                     "s of the longest call": calls.longest,
                 }
                 num_calls = calls.num_right + len(calls.errors)
+                print(f"{where}: {num_calls} calls, {values}", file=sys.stderr, flush=True)
                 results += [
                     Result(case=where, ours=value, unit=unit, runs=num_calls)
                     for unit, value in values.items()
