@@ -2,6 +2,11 @@
 
 The package `cykooz-resizer` brings it. Its pixels are the same bits with SSE4.1, AVX2 and without both. There
 is no wheel for Linux on ARM; there, Pillow resizes, and a pixel differs by at most `MAX_LEVELS`.
+
+Pillow also enlarges with "bicubic". There, fast_image_resize 6.1 ends the process for some boxes: it leaves out
+leading weights that are about zero, takes the first pixel of the first sum for the first pixel of all, and reads
+in front of it (`do_convolution` in its `resizer.rs`). The weights of "bilinear" fall from the center to the
+sides, so no later sum begins earlier, and neither does one of an image that is not enlarged.
 """
 
 from PIL import Image
@@ -27,10 +32,11 @@ def fast_resize(
 
     *interpolation* is "bilinear" or "bicubic", with a support that grows with the reduction, as in Pillow.
     """
-    if cykooz_resizer is None:
+    left, top, right, bottom = box
+    is_enlarged = right - left < size[0]
+    if cykooz_resizer is None or (interpolation == "bicubic" and is_enlarged):
         return image.resize(size, PILLOW_FILTERS[interpolation], box)
 
-    left, top, right, bottom = box
     options = cykooz_resizer.ResizeOptions(
         resize_alg=cykooz_resizer.ResizeAlg.convolution(
             cykooz_resizer.FilterType[FILTERS[interpolation]]

@@ -50,6 +50,20 @@ def test_the_pixels_are_those_of_pillow_but_for_a_few_levels(
 
 
 @pytest.mark.parametrize("interpolation", FILTERS)
+def test_boxes_that_begin_at_the_center_of_a_pixel_can_be_enlarged(interpolation: str) -> None:
+    image = photograph(338, 194)
+    for offset in (0.0, 1e-5, -1e-5, 1e-3):
+        for ratio in (0.25, 0.76, 0.99, 1.0, 1.004, 1.3):
+            width = 224 * ratio
+            left = 20.5 + offset - ratio / 2  # the first pixel is resized from the 20th
+            box = (left, 12.125, left + width, 181.875)
+            resized = fast_resize(image, (224, 224), interpolation, box)
+            expected = image.resize((224, 224), PILLOW_FILTERS[interpolation], box)
+            difference = np.abs(np.asarray(resized).astype(int) - np.asarray(expected))
+            assert difference.max() <= MAX_LEVELS
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
 def test_every_processor_gives_the_same_bits(
     interpolation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
