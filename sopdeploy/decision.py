@@ -244,12 +244,17 @@ class Decision(StrictModel):
         activate = sigmoid if self.is_multi_label else softmax
         logits = self.calibrate(logits)
         probabilities = activate(logits)
-        indices = np.argsort(-logits, kind="stable").tolist()
+        order = np.argsort(-logits, kind="stable")
 
-        if self.thresholds is not None:
+        if self.thresholds is None:
+            indices = order[:top_k].tolist()
+        else:
             thresholds = self.thresholds if threshold is None else [threshold] * len(logits)
-            indices = [index for index in indices if probabilities[index] >= thresholds[index]]
-        ranked = tuple((index, float(probabilities[index])) for index in indices[:top_k])
+            reached = [
+                index for index in order.tolist() if probabilities[index] >= thresholds[index]
+            ]
+            indices = reached[:top_k]
+        ranked = tuple((index, float(probabilities[index])) for index in indices)
 
         # The probability of the first class that each occluded cell takes away, as (n, n).
         explanation = None

@@ -21,4 +21,5 @@ for route in (*status.router.routes, *v1.router.routes):
                 responses=route.responses,
                 tags=list(route.tags),
                 openapi_extra=route.openapi_extra,
+                route_class_override=type(route),
             )

@@ -19,11 +19,14 @@ from sopdeploy_service.api.admission import (
     read_upload,
 )
 from sopdeploy_service.http.problems import bad_request, describe_error, describe_statuses
+from sopdeploy_service.http.query_route import QueryRoute
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.inference.service import Traffic
 
 STATUSES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
-router = APIRouter(tags=["Images"], responses=describe_statuses(*STATUSES))
+router = APIRouter(
+    tags=["Images"], responses=describe_statuses(*STATUSES), route_class=QueryRoute
+)
 
 BINARY = {"type": "string", "format": "binary"}
 FORM = {
