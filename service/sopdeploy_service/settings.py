@@ -133,7 +133,10 @@ class Settings(StrictModel):
     )
     port: Port = setting(8000, "port to listen on; 0: any free port")
     ssl_certfile: Path | None = setting(
-        None, "PEM file of the certificate and its private key, for HTTPS; not set: HTTP"
+        None, "PEM file of the certificate, for HTTPS; not set: HTTP"
+    )
+    ssl_keyfile: Path | None = setting(
+        None, "PEM file of its private key; not set: the key is in the file of the certificate"
     )
 
     allowed_hosts: Hosts = setting(
@@ -270,6 +273,9 @@ class Settings(StrictModel):
             raise ValueError(
                 f"runtime={self.runtime} uses the CPU; set devices=cpu, or remove it"
             )
+
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("ssl_keyfile needs ssl_certfile; add it")
 
         # Otherwise, a request of so many images would never be admitted.
         if self.max_images > self.queue_size:

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_commands.health import health
-from sopdeploy_service.server.tls import tls_context
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.server.tls import expiry, tls_context
+from sopdeploy_service.settings import Settings, load_settings
 from tests.support.children import EACH_WAY, START_SECONDS, WAYS, serving
 from tests.support.raw import connect
 
@@ -88,6 +88,38 @@ def test_a_server_with_a_certificate_speaks_https(
             # The kept connection gets its last response.
             child.child.terminate()
             assert child.child.wait(START_SECONDS) == 0
+
+
+def test_the_key_may_be_in_a_file_of_its_own(tmp_path, certificate) -> None:
+    found = certificate.read_bytes()
+    begin = found.index(b"-----BEGIN PRIVATE")
+    (tmp_path / "tls.crt").write_bytes(found[:begin])
+    (tmp_path / "tls.key").write_bytes(found[begin:])
+
+    files = {"ssl_certfile": tmp_path / "tls.crt", "ssl_keyfile": tmp_path / "tls.key"}
+    assert tls_context(Settings(**files)) is not None
+    (tmp_path / "key first.pem").write_bytes(found[begin:] + found[:begin])
+    assert expiry(tmp_path / "key first.pem") == expiry(tmp_path / "tls.crt")
+
+    with pytest.raises(ConfigError, match=r"^ssl_certfile"):
+        tls_context(Settings(ssl_certfile=tmp_path / "tls.crt"))
+    with pytest.raises(ConfigError, match="ssl_keyfile"):
+        load_settings(ssl_keyfile=tmp_path / "tls.key")
+
+
+@pytest.mark.parametrize("year", [2031, 2049, 2050, 9999])
+def test_the_end_of_a_certificate_is_read_in_both_forms_of_a_time(tmp_path, year) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    end = datetime.datetime(year, 12, 31, 23, 59, 58, tzinfo=datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x" * 64)])
+    built = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1)
+        .not_valid_before(datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC))
+        .not_valid_after(end)
+        .sign(key, hashes.SHA256())
+    )
+    (tmp_path / "tls.crt").write_bytes(built.public_bytes(serialization.Encoding.PEM))
+    assert expiry(tmp_path / "tls.crt") == end.timestamp()
 
 
 @pytest.mark.parametrize("name", ["missing.pem", "text.pem", "locked.pem"])
