@@ -146,7 +146,7 @@ class Metrics:
         self.images_running = gauge("images_running", "Images in a decoder or a batch")
         self.queue_depth = gauge(
             "queue_depth",
-            "Deprecated: sum of sopdeploy_images_waiting and sopdeploy_images_running",
+            "Deprecated, leaves in 0.5: sum of sopdeploy_images_waiting and sopdeploy_images_running",
         )
         self.runtime_seconds = counter(
             "runtime_seconds", "Seconds in which the runtime worked", ("model",)
