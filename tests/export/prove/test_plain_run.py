@@ -142,7 +142,7 @@ def masked(tokens: Tensor, is_left_out: Tensor) -> Tensor:
     return (tokens * stays).sum(1) / stays.sum(1)
 
 
-OTHER = "gives other outputs than its graph; its code must depend"
+OTHER = "other outputs"
 WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     **{
         f"other logits for {name}": (
