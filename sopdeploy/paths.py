@@ -235,7 +235,7 @@ def describe_wrong(path: Path, wanted: Wanted, otherwise: str = "") -> str:
 
     # Nothing, or a file or folder that is none of these.
     if kind == "file" and wanted == "checkpoint":
-        return "damaged or not a checkpoint; copy or train it again"
+        return "damaged or not a checkpoint; copy it again, or train again"
     if wanted == "bundle" and kind == "folder":
         return f"no {MANIFEST}; {_NOT_WRITTEN}"
     if kind in {"nothing", "code"}:

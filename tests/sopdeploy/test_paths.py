@@ -109,7 +109,7 @@ ADVICE: dict[tuple[Wanted, str], str] = {
     ),
     ("checkpoint", "runs"): "a folder of runs, not a checkpoint; use runs/tiny-1/best.pt",
     ("checkpoint", "photos"): "photos, not a checkpoint; run: sopdeploy train --data photos",
-    ("checkpoint", "notes.txt"): "damaged or not a checkpoint",
+    ("checkpoint", "notes.txt"): "damaged or not a checkpoint; copy it again, or train again",
     ("checkpoint", "nowhere"): "no such file; use the best.pt of a training run",
     ("run", "runs"): "a folder of runs, not a run; choose one, such as runs/tiny-1",
     ("run", "bundles/tiny-1"): (

@@ -190,7 +190,7 @@ def test_the_page_begins_with_the_accuracy_and_the_next_command(run: Path, page:
     assert sentences[-1] == f"Next: <code>sopdeploy export {run / 'best.pt'} --detach</code>"
 
     matrix = page[page.index("Confusion matrix") :].partition("</table>")[0]
-    cells = re.findall("<tr>(<th scope=.row.>.*)</tr>", matrix)
+    cells = re.findall("<tr>(<th scope=.row.[^>]*>.*)</tr>", matrix)
     kinds = np.array(
         [re.findall('<td class="number (right|wrong|zero)"', row) for row in cells]
     )

@@ -95,7 +95,7 @@ NOT_READ: list[tuple[dict[str, Any], str]] = [
     ({"save": {"every_minutes": 1}}, "save.every_minutes: "),
     (
         {"set": ("model.name=dsop-resnet8", "model.config.aux_widths=[8,8,8]")},
-        "model.config.aux_widths: without",
+        "model.config.aux_widths: ",
     ),
     ({"set": ("model={name='resnet8', remove_branches_at=1}",)}, "remove_branches_at"),
 ]
