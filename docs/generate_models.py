@@ -21,7 +21,7 @@ possible:
 - `dsop-timm:NAME`: a network of timm with the auxiliary branches of [DSoP](second-order.md).
 - `head:NAME`: the network NAME with a linear classifier on first-order and second-order statistics of its features.
 - `dsop-head:NAME`: the network NAME that classifies averages, with the classifier of `head:NAME` as auxiliary branch.
-- `gmsop-head:NAME`: `head:NAME` with N matrix square roots in place of each one, of which a gate selects K.
+- `gmsop-head:NAME`: `head:NAME` with N matrix square roots in place of each one. A gate selects K for each image.
 
 `sopdeploy models NAME` prints the parts of a network, its options and their values. `--set model.config.KEY=VALUE`
 sets an option. The option `pooling` chooses the pooling layer of a plain network: {poolings}.

@@ -1,12 +1,11 @@
 """What each arm costs when it is deployed: parameters, multiply-adds, and time on one thread of ONNX Runtime."""
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from time import process_time
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
@@ -21,26 +20,18 @@ from sopdeploy_export.lower.to_onnx import to_ir
 
 CLASSES = 100
 RUNS = 15  # of each network, alternately
-# The default classifier on more positions: options of the network, and the side of the images
-POSITIONS = {
-    f"{DEFAULT}, last_stride=1": ({"last_stride": 1}, 224),
-    f"{DEFAULT}, 320 pixels": ({}, 320),
-    f"{DEFAULT}, 448 pixels": ({}, 448),
-}
+SIDES = (320, 448)  # pixels of larger images, of the default classifier
 
 
 def cost_table() -> str:
-    """Build the table of all arms, and of the default classifier on more positions."""
+    """Build the table of all arms for 224 pixels, and of the default classifier for larger images."""
     subjects: dict[str, tuple[Arm, int]] = {
         name: (arm, 224) for name, arm in ARMS.items() if name != TWICE
     }
-    for name, (options, side) in POSITIONS.items():
-        arm = ARMS[DEFAULT]
-        subjects[name] = (arm._replace(config={**arm.config, **options}), side)
+    for side in SIDES:
+        subjects[f"{DEFAULT}, {side} pixels"] = (ARMS[DEFAULT], side)
 
-    sides: list[Callable[[], Any]] = [
-        partial(*_session(arm, side)) for arm, side in subjects.values()
-    ]
+    sides = [_inference(arm, side) for arm, side in subjects.values()]
     seconds = interleaved(sides, runs=RUNS, warmups=2, clock=process_time)
     medians = [1e3 * statistics.median(times) for times in seconds]
     rows = []
@@ -54,8 +45,8 @@ def cost_table() -> str:
     return markdown(head, rows)
 
 
-def _session(arm: Arm, side: int) -> tuple[object, None, Mapping[str, object]]:
-    """Convert the inference model of *arm* to ONNX; return what runs it on one image, for `partial`."""
+def _inference(arm: Arm, side: int) -> Callable[[], object]:
+    """Convert the inference model of *arm* to ONNX; return what runs it on one image of *side* pixels."""
     torch.manual_seed(0)
     network = create_model(arm.network, num_classes=CLASSES, **arm.config)
     inference = network.inference_model().eval() if network.training_only else network.eval()
@@ -70,4 +61,4 @@ def _session(arm: Arm, side: int) -> tuple[object, None, Mapping[str, object]]:
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return session.run, None, {"images": images[:1].numpy().astype(np.float32)}
+    return partial(session.run, None, {"images": images[:1].numpy()})

@@ -10,7 +10,7 @@ al., "MobileNetV2" (CVPR 2018), section 3.3.
 import math
 from collections.abc import Collection
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,7 +69,6 @@ HEAD_CHANNELS = 1280
 # Of the Lite networks:
 STEM_CHANNELS = 32
 STRIDES = dict(zip(MBCONV_STAGES, (1, 2, 2, 2, 1, 2, 1), strict=True))
-LAST_STRIDED = "blocks.5"  # the last stage with a stride
 # The last ones at their resolution
 TAPPED_STAGES = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
 DIVISOR = 8  # of the numbers of channels
@@ -134,15 +133,10 @@ class EfficientNet(Backbone):
 
 
 class EfficientNetLiteConfig(StrictModel):
-    """`width` and `depth` multiply channels and blocks of the stages; `dropout` precedes the classifier.
-
-    With a `last_stride` of 1, the last maps have four times the positions, such as 14 x 14 instead of 7 x 7
-    for 224 pixels, from which covariances are estimated. The weights are the same.
-    """
+    """`width` and `depth` multiply channels and blocks of the stages; `dropout` precedes the classifier."""
 
     width: Positive = 1.0
     depth: Positive = 1.0
-    last_stride: Literal[1, 2] = 2
     dropout: FractionBelowOne = 0.2
     pooling: Pooling = GapConfig()
 
@@ -239,7 +233,6 @@ class EfficientNetLite(Backbone):
         # Stages of blocks, scaled in depth and width; the first and the last keep their depth.
         channels = STEM_CHANNELS
         stages = []
-        strides = {**STRIDES, LAST_STRIDED: config.last_stride}
         for name, stage in MBCONV_STAGES.items():
             is_fixed = name in {"blocks.0", "blocks.6"}  # the first stage and the last one
             count = stage.blocks if is_fixed else math.ceil(stage.blocks * config.depth)
@@ -253,7 +246,7 @@ class EfficientNetLite(Backbone):
 
             blocks = []
             for index in range(count):
-                stride = strides[name] if index == 0 else 1
+                stride = STRIDES[name] if index == 0 else 1
                 blocks.append(LiteBlock(channels, out, stage.kernel, stride, expansion))
                 channels = out
 

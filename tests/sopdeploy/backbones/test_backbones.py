@@ -51,19 +51,6 @@ def test_networks_have_timms_keys_and_give_its_logits(
         assert torch.equal(ours(images), theirs(images))
 
 
-def test_a_last_stride_of_1_gives_four_times_the_positions() -> None:
-    strided = create_model("efficientnet-lite0", num_classes=7).eval()
-    dense = create_model("efficientnet-lite0", num_classes=7, last_stride=1).eval()
-    dense.load_state_dict(strided.state_dict())
-    images = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        small, (tapped,) = strided.feature_maps(images, ["blocks.4.2"])
-        large, (same,) = dense.feature_maps(images, ["blocks.4.2"])
-
-    assert (small.shape[2:], large.shape[2:]) == ((2, 2), (4, 4))
-    assert torch.equal(tapped, same)  # the stages before the stride are unchanged
-
-
 def test_drop_probability_grows_with_depth() -> None:
     network = EfficientNet(EfficientNetConfig(stochastic_depth=0.16), 3)
     drops = [
