@@ -2,7 +2,7 @@
 
     python benchmarks/second_order_gain.py --weights FILE --data NAME=DIR ... --out FILE
         [--cache DIR] [--side 224] [--seeds 3] [--epochs 20] [--stage NAME ...] [--arms NAME ...]
-        [--report] [--tables FILE ...]
+        [--report] [--cost] [--tables FILE ...]
 
 DIR has train/<class>/ and test/<class>/, FILE the ImageNet weights of timm's `tf_efficientnet_lite0`. All
 arms read the maps of the same frozen early stages (cached in --cache) and start from their closed form.
@@ -18,8 +18,8 @@ probes: Moment Probing and its control are trained on frozen features, with rate
 
 A line of --out is written after each run, and finished runs are not repeated. The first seed of all arms
 and sets comes first. --report prints the tables of finished runs, and --tables FILE ... replaces them in
-files. Intervals are 95 % intervals of the difference, paired over test images and seeds. One thread; times
-are CPU seconds of the training.
+files. --cost adds a table of what the deployed networks cost. Intervals are 95 % intervals of the
+difference, paired over test images and seeds. One thread; times are CPU seconds of the training.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from gain.arms import ARMS, AVERAGES, TWICE, Arm, build, start_from_closed_form
+from gain.cost import cost_table
 from gain.frozen import FROZEN, frozen_answers
 from gain.maps import ImageSet, Part, open_set
 from gain.moment_probing import PROBES, probe
@@ -84,6 +85,8 @@ def main(arguments: list[str]) -> int:
             run_probes(lines, sets, weights, given)
 
     tables = build_tables(lines, names, given.side)
+    if given.cost:
+        tables.append(cost_table())
     print("\n\n".join(tables))
     for path in given.tables:
         update_file(path, tables)
@@ -345,6 +348,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--tables", type=existing, nargs="+", default=[], help="files to bring up to date"
     )
     add_option("--report", action="store_true", help="print the finished runs, and run nothing")
+    add_option("--cost", action="store_true", help="also count and time deployed networks")
     given = parser.parse_args(arguments)
     if not given.report and given.weights is None:
         parser.error("--weights is missing; give the weights of tf_efficientnet_lite0")
