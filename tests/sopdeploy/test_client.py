@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from sopdeploy.client import CallArguments, ClassifyArguments, Client
 from sopdeploy.client_requests import CONNECT_SECONDS, MAX_PAUSE, retry_after
@@ -19,6 +20,7 @@ from sopdeploy.errors import (
     ServiceError,
     UnreachableError,
 )
+from tests.support.pictures import encoded
 
 pytestmark = pytest.mark.usefixtures("client_kind")  # with both clients
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -137,6 +139,14 @@ def test_each_argument_of_a_method_arrives_in_its_request(method: str):
             "application/octet-stream" if images else None
         )
         assert 0 < int(sent.headers["X-Request-Timeout-Ms"]) <= 7000
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)], ids=["N", "N, 1"])
+def test_an_encoded_buffer_is_sent_as_its_file(shape: tuple[int, ...]) -> None:
+    file = encoded(Image.fromarray(PIXELS), "JPEG")
+    server = Script(SUCCESS)
+    server.call("classify", np.frombuffer(file, np.uint8).reshape(shape))
+    assert server.requests[0].content == file
 
 
 def test_a_list_is_sent_as_a_form_and_returned_in_order():
