@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from time import process_time
-from typing import Any
 
 import onnx_ir as ir
 import onnxruntime as ort
