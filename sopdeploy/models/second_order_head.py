@@ -332,7 +332,7 @@ def head_entry(prefix: str, name: str) -> Entry:
     """
     base = entry(name)
     if issubclass(base.network, SecondOrderHead):
-        raise ConfigError(f"{prefix}:{name}: {name} has this head already; omit one head:")
+        raise ConfigError(f"{prefix}:{name}: {name} already has this head; omit one `head:`")
     keeps_branches = prefix == "head" and name.startswith("dsop-")
     if base.network.training_only and not keeps_branches:
         raise ConfigError(

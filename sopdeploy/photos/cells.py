@@ -78,8 +78,8 @@ def read_table_text(table: Path) -> str:
             number = error.object.count(b"\n", 0, error.start) + 1
             where = f"line {number}"
         raise DataError(
-            f"{table}: cannot be read ({where} is not {written}); write a CSV file in UTF-8, "
-            "in a spreadsheet the format 'CSV UTF-8'"
+            f"{table}: cannot be read ({where} is not {written}); write a CSV file in UTF-8 "
+            "(in a spreadsheet, choose the format 'CSV UTF-8')"
         ) from error
     except ValueError as error:
         raise DataError(
