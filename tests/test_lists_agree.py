@@ -285,7 +285,7 @@ def test_something_reads_every_field_of_a_config_file_or_response() -> None:
     assert {name for name in fields if name.rpartition(".")[2] not in read} == UNREAD
 
 
-# Arrays of all images, for Python, and a column that is read by its name
+# Arrays of all images, for Python, a column that is read by its name, and facts of the export for --json
 FOR_PYTHON = {
     "Evaluation.labels",
     "Evaluation.scores",
@@ -293,6 +293,8 @@ FOR_PYTHON = {
     "Promotion.time",
     "Promotion.user",
     "Promotion.refused",
+    "Verification.logits",
+    "Verification.statements",
 }
 
 

@@ -17,6 +17,10 @@ TREES = {
 
 # What a library calls or reads by its name
 FOR_LIBRARIES = {
+    # FastAPI
+    "get_route_handler",
+    # docs/generate_operations.py
+    "STATEMENT",
     # onnxruntime
     "get_next",
     # TensorRT

@@ -271,6 +271,6 @@ def describe_temperature(decision: Decision | None, scaling: TemperatureScaling 
         "" if scaling is None else f" ({', '.join(each.name for each in scaling.tensors)})"
     )
     return (
-        f"the classifier{tensors} was divided by {fitted}; multiply the logits by {temperature} to get those "
-        "of the trained network"
+        f"the classifier{tensors} was divided by {fitted}; multiply the logits by {temperature} to get "
+        "the logits of the trained network"
     )

@@ -41,6 +41,11 @@ import pydantic
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone
+from sopdeploy.backbones.efficientnet import (
+    HEAD_CHANNELS,
+    EfficientNetLite,
+    EfficientNetLiteConfig,
+)
 from sopdeploy.backbones.resnet import (
     LowResolutionResNet,
     LowResolutionResNetConfig,
@@ -62,7 +67,7 @@ from sopdeploy.layers.mixture import (
     softmax_of_largest,
 )
 from sopdeploy.layers.netvlad import NetVLAD
-from sopdeploy.layers.pooling.base import dimension_reduction
+from sopdeploy.layers.pooling.base import FixedAverage, GapConfig, dimension_reduction
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier, TrainingOutput
 
@@ -107,6 +112,15 @@ class MixtureConfig(NewtonSchulzOptions):
 
 class GMSOPResNetConfig(LowResolutionResNetConfig, MixtureConfig):
     """The ResNet for 64-pixel images and the mixture."""
+
+
+class GMSOPEfficientNetLiteConfig(EfficientNetLiteConfig, MixtureConfig):
+    """EfficientNet-Lite and the mixture, of fewer and smaller poolings than in the paper."""
+
+    pooling: FixedAverage = GapConfig()  # fixed: the mixture is the pooling
+    components: Annotated[int, pydantic.Field(ge=2)] = 4
+    chosen: Count = 2
+    component_widths: tuple[Count, ...] = pydantic.Field(default=(128, 64), min_length=1)
 
 
 class Gated(Backbone, ExportHints):
@@ -177,6 +191,22 @@ class GatedResNet(Gated, LowResolutionResNet):
     config: GMSOPResNetConfig
 
 
+class _HeadlessLite(EfficientNetLite):
+    """EfficientNet-Lite without its pooling and its classifier."""
+
+    channels = HEAD_CHANNELS
+
+    def __init__(self, config: Any, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        del self.pooling, self.dropout, self.classifier
+
+
+class GatedEfficientNetLite(Gated, _HeadlessLite):
+    """Inference model on EfficientNet-Lite."""
+
+    config: GMSOPEfficientNetLiteConfig
+
+
 class GMSOP(Classifier, Gated):
     """Mixin that adds the training-only parts to a network of `Gated`; put it before the network's class."""
 
@@ -228,6 +258,12 @@ class GMSOPResNet(GMSOP, GatedResNet):
     """GM-SOP on the paper's ResNet for 64-pixel images."""
 
     inference_class = GatedResNet
+
+
+class GMSOPEfficientNetLite(GMSOP, GatedEfficientNetLite):
+    """GM-SOP on EfficientNet-Lite, to fine-tune from its ImageNet weights; the paper does not have it."""
+
+    inference_class = GatedEfficientNetLite
 
 
 class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):

@@ -297,6 +297,11 @@ GMSOP = {
             ("avesop-16-resnet18", "Ave-SOP-16 on ResNet-18", {**AVERAGE_OF_16, **PARAMETRIC}),
         )
     },
+    "gmsop-4-2-efficientnet-lite0": with_config(
+        "sopdeploy.models.gmsop:GMSOPEfficientNetLite",
+        {},
+        "GM-SOP (2 of 4 poolings) on EfficientNet-Lite0, as `fine-tune-gmsop` trained it in 0.3",
+    ),
     "netvlad-64-resnet18": at_64("NetVLADResNet", {}, "NetVLAD of 64 words on ResNet-18"),
 }
 # Title and networks, in display order

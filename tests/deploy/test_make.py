@@ -7,7 +7,13 @@ from pathlib import Path
 
 from tests.support.rooms import ROOT
 
-COMMITTED = {"Makefile", "pyproject.toml", ".gitignore", "deploy/lock/dev.txt"}
+COMMITTED = {
+    "Makefile",
+    "pyproject.toml",
+    "plugins/papers/pyproject.toml",
+    ".gitignore",
+    "deploy/lock/dev.txt",
+}
 # Variables of a `make` around the tests.
 OUTER = re.compile(r"UV_|PIP_|MAKE|MFLAGS|NEWEST|LOWEST|VERSION$|WHEELS$|OPTIONS$")
 
@@ -18,8 +24,8 @@ def git(folder: Path, *arguments: str) -> None:
 
 
 def test_a_distribution_has_the_files_of_the_commit_and_no_others(tmp_path: Path) -> None:
-    (tmp_path / "deploy" / "lock").mkdir(parents=True)
     for name in COMMITTED:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", "--all")
@@ -36,7 +42,8 @@ def test_a_distribution_has_the_files_of_the_commit_and_no_others(tmp_path: Path
     outer = {name: value for name, value in os.environ.items() if not OUTER.match(name)}
     subprocess.run(["make", "--silent", "dist"], cwd=tmp_path, env=outer, check=True)
 
-    (call,) = (tmp_path / "calls").read_text().splitlines()
-    built = tmp_path / call.split()[-1]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    built, of_papers = (tmp_path / call.split()[-1] for call in calls)
     packed = {str(path.relative_to(built)) for path in built.rglob("*") if path.is_file()}
     assert packed == COMMITTED
+    assert of_papers == built / "plugins" / "papers"

@@ -287,8 +287,8 @@ DESCRIBED = {
     "no decision": (None, ""),
     "no calibration": (Decision(), ""),
     "a network that contains it": (decide(1.0), ""),
-    "a bundle of 0.3.0": (decide(), "classifier divided by"),
-    "trained logits": (decide().for_trained_logits(), "as trained; divide"),
+    "a bundle of 0.3.0": (decide(), "classifier"),
+    "trained logits": (decide().for_trained_logits(), "as trained"),
 }
 
 
@@ -297,5 +297,5 @@ def test_only_a_temperature_other_than_one_is_described(
     decision: Decision | None, expected: str
 ) -> None:
     text = describe_temperature(decision, None)
-    assert text.startswith(expected)
+    assert expected in text
     assert bool(text) == bool(expected)

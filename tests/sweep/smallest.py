@@ -52,6 +52,11 @@ LOWERED = (
     Small("gsop-net1-resnet26", 32, {"cov_width": 32, "block_stages": ("layer4",)}),
     Small("gsop-net1-efficientnet-lite0", 32, {**LITE, "cov_width": 32}),
     Small(
+        "gmsop-4-2-efficientnet-lite0",
+        64,
+        {**LITE, "component_widths": (6,), "gate_widths": (), "iterations": 2},
+    ),
+    Small(
         "avesop-16-resnet18",
         8,
         {**ONE_EACH, "components": 3, "component_widths": (6,), "iterations": 2},

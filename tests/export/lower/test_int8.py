@@ -285,7 +285,7 @@ def test_every_image_calibrates_or_measures_and_all_calibrate_beside_evaluate(
 
 
 def test_the_folder_that_calibrates_does_not_evaluate(tmp_path: Path, images: Path) -> None:
-    with pytest.raises(ConfigError, match=r"evaluate: .*calibrates"):
+    with pytest.raises(ConfigError, match="evaluate"):
         run(tmp_path, calibrate=images, evaluate=images)
 
 

@@ -252,7 +252,7 @@ WRONGLY_PLACED: dict[str, tuple[Callable[[onnx.ModelProto], object], bytes, str]
     "with bytes before it": (
         lambda _: None,
         b"gap",
-        "other bytes",
+        "before the weight",
     ),
     "after the end": (lambda _: None, b"short", "ends before"),
 }

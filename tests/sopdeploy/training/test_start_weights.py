@@ -252,6 +252,7 @@ def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, 
         "head:dsop-timm:tf_efficientnet_lite0",
         "gsop-net1-efficientnet-lite0",
         "gsop-net2-efficientnet-lite0",
+        "gmsop-4-2-efficientnet-lite0",
         "gmsop-head:efficientnet-lite0",
     ],
 )

@@ -1068,7 +1068,7 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     assert read_checkpoint(result.best).decision == result.decision
 
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert f"<td><bdi>{result.decision.thresholds[0]:.3f}</bdi></td>" in page
+    assert f"<bdi>{result.decision.thresholds[0]:.3f}</bdi></td>" in page
     assert "counts as unknown" not in page  # this decision has no such rule
 
     last = read_checkpoint(result.last)
