@@ -38,7 +38,7 @@ def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path) -> None:
         with pytest.raises(ConfigError, match="empty folder"):
             train_recipe(short_recipe(), out)
 
-    with pytest.raises(StorageError, match="notes.txt"):
+    with pytest.raises(StorageError, match=r"notes\.txt"):
         train_recipe(short_recipe(), tmp_path / "notes.txt" / "run")
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "broken"}
 
