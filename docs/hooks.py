@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: the search ranks how-to pages first; linked files of the checkout are on the site; names
+"""Hooks of MkDocs: the search ranks guides first; linked files of the checkout are on the site; names
 and options in code do not break."""
 
 import re
@@ -8,6 +8,14 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 LAST = "Measured"  # a tab of mkdocs.yml
+# Factors of the search: pages that name everything come after the guides.
+RANK = {
+    "own-network.md": 2,
+    "batch.md": 0.5,
+    **dict.fromkeys(
+        ("cli.md", "errors.md", "glossary.md", "models.md", "python.md", "settings.md"), 0.3
+    ),
+}
 LINK = re.compile(
     r"(?<=\]\()\.\./([\w./-]+)(?=\))"
 )  # to a folder above, perhaps to the checkout
@@ -20,10 +28,8 @@ linked: set[str] = set()
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Set the rank of *page* in the search, and replace links to files of the checkout."""
-    if any(section.title == LAST for section in page.ancestors):
-        page.meta["search"] = {"boost": 0.01}
-    elif page.file.src_uri.startswith("howto/"):
-        page.meta["search"] = {"boost": 2}
+    is_last = any(section.title == LAST for section in page.ancestors)
+    page.meta["search"] = {"boost": 0.01 if is_last else RANK.get(page.file.src_uri, 1)}
     source = Path(page.file.abs_src_path)
     pages = ROOT / "docs"
 

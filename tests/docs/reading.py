@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
 from typer.main import get_command
 
 from sopdeploy_commands.app import app
@@ -20,28 +19,9 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def site() -> dict[str, Any]:
-    """Read the settings of the site, without the Python objects."""
-    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    settings: dict[str, Any] = yaml.safe_load(re.sub(r"!!python/\S+", "", text))
-    return settings
-
-
-def redirects() -> dict[str, str]:
-    """Map the pages that left to the pages where their text is."""
-    (plugin,) = (one["redirects"] for one in site()["plugins"] if "redirects" in one)
-    old_to_new: dict[str, str] = plugin["redirect_maps"]
-    return old_to_new
-
-
 def text_of(file: str) -> str:
-    """Read *file* of the checkout, and after a page the pages that are not merged into it yet."""
-    texts = [(ROOT / file).read_text(encoding="utf-8")]
-    for old, new in redirects().items():
-        path = ROOT / "docs" / old
-        if file == f"docs/{new}" and path.exists():
-            texts.append(path.read_text(encoding="utf-8"))
-    return "\n".join(texts)
+    """Read *file* of the checkout."""
+    return (ROOT / file).read_text(encoding="utf-8")
 
 
 def blocks(page: Path, language: str) -> list[str]:

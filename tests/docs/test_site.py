@@ -1,4 +1,4 @@
-"""The site in Chromium, opened from its folder: a stranger finds twelve pages, on a desk and on a phone."""
+"""The site in Chromium, opened from its folder: a newcomer finds pages, on a desk and on a phone."""
 
 import importlib.util
 import os
@@ -18,19 +18,27 @@ pytestmark = [
         importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed"
     ),
 ]
-TASKS = {  # what a stranger looks for, and its page
-    "your own network": "howto/your-network.md",
-    "tables of the papers": "howto/reproduce.md",
-    "monitoring": "howto/monitoring.md",
-    "set an alarm": "howto/alerts.md",
-    "write a plug-in": "howto/plug-in.md",
-    "try the demo": "examples.md",
-    "read a report": "howto/report.md",
-    "keys": "keys.md",
-    "roll back": "howto/roll-back.md",
-    "gpu in docker": "howto/gpu.md",
-    "batch size": "howto/batch-size.md",
-    "javascript": "howto/javascript.md",
+SEARCHES = {  # what a newcomer types, and the page that must come first
+    "api key": "operations.md",
+    "batch size": "gpu.md",
+    "class names": "photos.md",
+    "confusion matrix": "evaluate.md",
+    "docker": "deploy.md",
+    "epochs": "train.md",
+    "gpu memory": "gpu.md",
+    "install": "index.md",
+    "javascript": "http.md",
+    "label": "keep.md",
+    "learning rate": "train.md",
+    "matrix square root": "second-order.md",
+    "monitoring": "monitoring.md",
+    "onnx": "own-network.md",
+    "own model": "own-network.md",
+    "roll back": "operations.md",
+    "tables of the papers": "train.md",
+    "tensorrt": "gpu.md",
+    "write a plug-in": "train.md",
+    "your own network": "own-network.md",
 }
 WIDTHS = {"desk": 1280, "phone": 390}
 
@@ -47,38 +55,32 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("device", WIDTHS)
-def test_each_task_is_one_click_from_the_front_page_and_first_in_the_search(
+def test_the_search_finds_the_page_of_each_question_first(
     site: Path,
     open_page: Callable[..., Any],
     device: str,
 ) -> None:
-    assert len(TASKS) == 12
-    page = open_page(
-        f"file://{site}", "/index.html", viewport={"width": WIDTHS[device], "height": 844}
-    )
+    viewport = {"width": WIDTHS[device], "height": 844}
+    page = open_page(f"file://{site}", "/index.html", viewport=viewport)
     found = {}
-    for task in TASKS:
+    for text in SEARCHES:
         page.goto(f"file://{site}/index.html")
-        link = page.locator("article a", has_text=task).first
-        clicked = link.evaluate("link => link.href.split('#')[0]")
         if device == "phone":
             page.locator("label.md-header__button[for=__search]").click()
-        page.locator("[data-md-component=search-query]").press_sequentially(task)
+        page.locator("[data-md-component=search-query]").press_sequentially(text)
         first = page.locator(".md-search-result__item a").first
         first.wait_for()
         page.wait_for_function(
             "document.querySelector('.md-search-result__meta').textContent.includes('matching')"
         )
-        searched = first.evaluate("link => new URL(link.href).pathname")
-        found[task] = [one.rpartition(f"{site}/")[2] for one in (clicked, searched)]
-    pages = {task: page.replace(".md", ".html") for task, page in TASKS.items()}
-    assert found == {task: [page, page] for task, page in pages.items()}
+        page.wait_for_timeout(500)  # the results of the last letter replace the earlier ones
+        file = first.evaluate("link => new URL(link.href).pathname")
+        found[text] = file.rpartition(f"{site}/")[2].replace(".html", ".md")
+    assert found == SEARCHES
 
 
 @pytest.mark.parametrize("device", WIDTHS)
-@pytest.mark.parametrize(
-    "name", ["index", "quickstart", "examples", "howto/alerts", "howto/report", "cli"]
-)
+@pytest.mark.parametrize("name", ["index", "evaluate", "deploy", "cli"])
 def test_nothing_is_cut_or_scrolls_sideways_and_no_option_is_broken(
     site: Path,
     open_page: Callable[..., Any],
