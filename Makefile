@@ -47,7 +47,7 @@ ALONE_CONSTRAINT = $(addprefix ../../,$(LOCK)$(if $(LOWEST),$(VENV)/lowest.txt))
 INSTALL_ALONE = UV_CONSTRAINT=$(ALONE_CONSTRAINT) UV_BUILD_CONSTRAINT=$(ALONE_CONSTRAINT) nice ../../$(BIN)/uv pip install --quiet --exact --python .venv/bin/python "$$(ls sopdeploy-*.whl)
 EVERY_COMMAND = $(ALONE)/python ../../deploy/every_command.py bundles/latest
 # Unit tests that start no other process; `make quick` runs them.
-UNIT := $(addprefix tests/sopdeploy/,layers backbones images data bundle evaluation) \
+UNIT := $(addprefix tests/sopdeploy/,base layers models/test_backbones.py images data bundle evaluation) \
 	tests/service/http tests/service/decoding/test_decode.py tests/sweep/test_goldens.py
 
 export OMP_WAIT_POLICY := PASSIVE

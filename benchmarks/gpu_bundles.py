@@ -21,9 +21,9 @@ from measure import make_parser
 from PIL import Image
 
 from sopdeploy.bundle.manifest import Precision
-from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
+from sopdeploy.weights.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.environment import installed, processor, usable_cores
+from sopdeploy.base.environment import installed, processor, usable_cores
 from sopdeploy.errors import SopdeployError
 
 Clock = Callable[[], float]

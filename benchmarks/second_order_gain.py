@@ -43,8 +43,8 @@ from gain.tune import predict, tune
 from measure import existing, make_parser, one_line_errors
 from numpy.typing import NDArray
 
+from sopdeploy.base.seeds import derive_seed
 from sopdeploy.models.registry import CatalogModel
-from sopdeploy.seeds import derive_seed
 from sopdeploy.training.start_weights import read_weights_file
 
 NETWORK = CatalogModel(name="efficientnet-lite0")

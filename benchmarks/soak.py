@@ -48,8 +48,8 @@ from soak_clients import (
     valid_bodies,
 )
 
+from sopdeploy.base.files import move_link
 from sopdeploy.bundle.folder import read_manifest
-from sopdeploy.files import move_link
 
 CLASSES = 100  # maximum number of compared classes
 ROUND_SECONDS = 15.0

@@ -22,8 +22,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from sopdeploy.decision import softmax
-from sopdeploy.files import atomic_write, move_link
+from sopdeploy.base.files import atomic_write, move_link
+from sopdeploy.bundle.decision import softmax
 
 NAME = "soak"
 SIZES = ((16, 16), (97, 61), (500, 375), (1600, 1200))

@@ -116,7 +116,7 @@ COMPOSED = {
     "wrong_inputs": "give one of the inputs 'images' (UINT8 [n, 224, 224, 3]) and 'IMAGE' (BYTES [n], "
     "encoded images)",
 }
-# Codes that `sopdeploy.client` sets for responses of other servers, or without a response.
+# Codes that `sopdeploy.client.client` sets for responses of other servers, or without a response.
 OF_THE_CLIENT = {
     "foreign_answer": "The response does not come from a sopdeploy server. Check the URL and proxies.",
     "http_error": "A proxy or another server responded with its own error. Check its log.",

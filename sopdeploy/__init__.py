@@ -23,26 +23,26 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # By name: this package imports none of the rooms above it. `__init__.pyi` has the types.
 _MODULES = {
-    "classify": "sopdeploy_commands.bulk.run",
+    "classify": "sopdeploy_commands.classify.run",
     "ExportOptions": "sopdeploy_export.options",
     "Preprocess": "sopdeploy.images.preprocess",
     "create_model": "sopdeploy.training.pretrained",
     "describe": "sopdeploy.models.describe",
     "dsop": "sopdeploy.models.user_network",
-    "evaluate": "sopdeploy_commands.training.evaluate",
-    "export": "sopdeploy_commands.bundles.export",
+    "evaluate": "sopdeploy_commands.evaluate",
+    "export": "sopdeploy_commands.export",
     "export_network": "sopdeploy_export.user_network.export_network",
     "isqrt": "sopdeploy.models.user_network",
     "list_models": "sopdeploy.models.registry",
-    "predict": "sopdeploy_commands.bundles.predict",
-    "Importer": "sopdeploy.importers.conversion",
+    "predict": "sopdeploy_commands.predict",
+    "Importer": "sopdeploy.weights.conversion",
     "register_data_source": "sopdeploy.data.sources",
-    "register_importer": "sopdeploy.importers.conversion",
+    "register_importer": "sopdeploy.weights.conversion",
     "register_model": "sopdeploy.models.user_network",
     "register_pooling": "sopdeploy.layers.pooling.registry",
     "register_runtime": "sopdeploy_service.runtime.base",
     "serve": "sopdeploy_commands.serve",
-    "train": "sopdeploy_commands.training.train",
+    "train": "sopdeploy_commands.train",
     "unused_modules": "sopdeploy_export.user_network.admission",
 }
 
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
     from inspect import isfunction
 
-    from sopdeploy.environment import missing_extras
+    from sopdeploy.base.environment import missing_extras
 
     if name == "layers":  # a module, whose import also sets it here
         with missing_extras():
@@ -65,7 +65,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_MODULES[name]), name)
 
     if isfunction(value):
-        from sopdeploy.arguments import checking_arguments
+        from sopdeploy.base.arguments import checking_arguments
 
         value = checking_arguments(value)
         value.__module__ = __name__  # where pickle finds it

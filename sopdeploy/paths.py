@@ -8,8 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Literal, NamedTuple
 
-from sopdeploy.errors import CheckpointError, WeightsError
-from sopdeploy.files import (
+from sopdeploy.base.files import (
     BEST,
     GRAPH,
     LAST,
@@ -22,8 +21,9 @@ from sopdeploy.files import (
     is_pointer,
     open_regular,
 )
+from sopdeploy.base.plugins import FIRST_BYTES, IMPORTERS
+from sopdeploy.errors import CheckpointError, WeightsError
 from sopdeploy.images.signatures import has_image_suffix
-from sopdeploy.plugins import FIRST_BYTES, IMPORTERS
 
 WeightFormat = Literal["torch", "safetensors"]
 TORCH_MAGIC = b"PK", b"\x80"  # of zip archives, and of the pickles before torch 1.6

@@ -137,7 +137,7 @@ def allow_random_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "sopdeploy.training.checkpoints.Setup.name_random_frozen_parts", lambda _: ""
     )
-    monkeypatch.setattr("sopdeploy.photos.copies.COPY", 2.0)
+    monkeypatch.setattr("sopdeploy.data.photos.copies.COPY", 2.0)
 
 
 @pytest.fixture(scope="module", autouse=True)

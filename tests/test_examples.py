@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import sopdeploy
-from sopdeploy import plugins
+from sopdeploy.base import plugins
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import OverloadedError, ServiceError, SopdeployError, UnreachableError
 from sopdeploy_service.settings import Settings

@@ -13,14 +13,14 @@ from typing import get_args
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
-from sopdeploy.config import StrictModel
+from sopdeploy.base.config import StrictModel
+from sopdeploy.bundle.decision import Answer
+from sopdeploy.bundle.http_api import Classes, Query
 from sopdeploy.data.augment import Augmentation
-from sopdeploy.decision import Answer
-from sopdeploy.http_api import Classes, Query
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.recipe import Recipe
-from sopdeploy_commands.bulk.classifier import COLUMNS
-from sopdeploy_commands.bulk.run import CsvRow
+from sopdeploy_commands.classify.classifier import COLUMNS
+from sopdeploy_commands.classify.run import CsvRow
 from sopdeploy_service.decoding import child
 from sopdeploy_service.devices import control
 from sopdeploy_service.http.api_keys import Key
@@ -375,7 +375,7 @@ def test_each_parameter_of_a_request_is_read_by_its_endpoint_and_described() -> 
     read = set().union(*map(attributes_read, endpoints))
     page = (DOCS / "http.md").read_text(encoding="utf-8")
 
-    queries = [one for one in classes_of("sopdeploy.http_api") if issubclass(one, Query)]
+    queries = [one for one in classes_of("sopdeploy.bundle.http_api") if issubclass(one, Query)]
     parameters = {name for query in queries for name in query.model_fields}
     assert len(parameters) > 5
     assert parameters - read == set()

@@ -14,10 +14,10 @@ import torch
 from pydantic.fields import FieldInfo
 
 from sopdeploy.data.augment import AugmentedDataset
+from sopdeploy.data.photos.photo import ArrayImages
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.loop.optimizer import create_optimizer
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.setup import select_procedure

@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sopdeploy.data.folders.folder import open_folder
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.errors import DataError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import create_model
-from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.photo import LabeledImages
 
 BATCH = 16  # images
 LAST_CACHED = "blocks.4"  # the stage whose output is cached; the stages after it are trained

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t
 
-from sopdeploy.config import StrictModel
-from sopdeploy.files import atomic_write
+from sopdeploy.base.config import StrictModel
+from sopdeploy.base.files import atomic_write
 
 Stage = Literal["frozen", "rates", "tuned", "probe rates", "probes"]
 

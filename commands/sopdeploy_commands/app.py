@@ -9,8 +9,8 @@ from typing import Annotated, Any, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from sopdeploy.base.nearest import ask_for, did_you_mean
 from sopdeploy.errors import ConfigError, with_hint
-from sopdeploy.nearest import ask_for, did_you_mean
 from sopdeploy.version import __version__
 
 ABOUT = (
@@ -31,26 +31,26 @@ SETTINGS: Any = {
 # summary.
 TOPICS = {
     "Train, export, serve": {
-        "train": (".training.train:train", "train a network"),
+        "train": (".train:train", "train a network"),
         "export": (
-            ".bundles.export:export",
+            ".export:export",
             "write a bundle with the ONNX file; --detach removes auxiliary branches",
         ),
-        "engine": (".bundles.export:engine", "build the TensorRT engine of a bundle"),
-        "verify": (".bundles.verify:verify", "check files and outputs of a bundle"),
-        "predict": (".bundles.predict:predict", "classify images without a server"),
+        "engine": (".export:engine", "build the TensorRT engine of a bundle"),
+        "verify": (".verify:verify", "check files and outputs of a bundle"),
+        "predict": (".predict:predict", "classify images without a server"),
         "serve": (".serve:serve", "serve bundles over HTTP, with a web page"),
         "demo": (".demo:demo", "run the whole workflow on digits and packaged photos"),
     },
     "Networks and papers": {
-        "models": (".training.models:models", "list the networks of the catalog, or count one"),
-        "recipes": (".training.train:recipes", "list the packaged recipes"),
+        "models": (".list_models:models", "list the networks of the catalog, or count one"),
+        "recipes": (".train:recipes", "list the packaged recipes"),
         "inspect": (
-            ".bundles.export:inspect",
+            ".export:inspect",
             "list parts of your network that have no effect",
         ),
         "import": (
-            ".training.import_file:import_file",
+            ".import_file:import_file",
             "convert published weights to a checkpoint",
         ),
         "reproduce": (
@@ -59,23 +59,23 @@ TOPICS = {
         ),
     },
     "Improve": {
-        "eval": (".training.evaluate:evaluate", "evaluate a checkpoint or a bundle"),
+        "eval": (".evaluate:evaluate", "evaluate a checkpoint or a bundle"),
         "label": (
-            ".training.label:label",
+            ".label:label",
             "move images that Label Studio has labelled to their classes",
         ),
-        "compare": (".promotion.compare:compare", "compare two bundles on images"),
-        "promote": (".promotion.promote:promote", "make a bundle live, or go back"),
+        "compare": (".compare:compare", "compare two bundles on images"),
+        "promote": (".promote:promote", "make a bundle live, or go back"),
     },
     "Operate": {
         "classify": (
-            ".bulk.run:classify",
+            ".classify.run:classify",
             "classify any number of images into parquet or CSV files",
         ),
-        "bench": (".bundles.bench:bench", "measure latency and throughput of a bundle"),
+        "bench": (".bench:bench", "measure latency and throughput of a bundle"),
         "key": (".serve:key", "create an API key for a server"),
         "health": (".health:health", "check whether a server is ready"),
-        "triton": (".bundles.export:triton", "add a bundle to a Triton model repository"),
+        "triton": (".export:triton", "add a bundle to a Triton model repository"),
         "env": (".env:env", "versions and hardware, for a bug report"),
     },
 }
@@ -293,7 +293,7 @@ def main() -> None:
     except Exception as error:  # a bug keeps its traceback, see `_print_user_error`
         code = _print_user_error(error)
 
-    from sopdeploy.environment import exit_process
+    from sopdeploy.base.environment import exit_process
 
     # The interpreter flushes stdout again; what is still in the buffer goes nowhere and cannot
     # fail.

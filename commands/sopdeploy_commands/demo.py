@@ -11,14 +11,14 @@ from typing import NamedTuple, TextIO, cast
 
 import typer
 
+from sopdeploy.base.config import parse_json
+from sopdeploy.base.files import BEST, LATEST, writing
 from sopdeploy.bundle.manifest import CERTIFICATE
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_table, say
 from sopdeploy.client import Classification, Client
-from sopdeploy.config import parse_json
 from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.files import BEST, LATEST, writing
 from sopdeploy_commands.app import QUICK_START
 
 _PACKAGED = Path(__file__).parent / "photos"  # of a wheel
@@ -73,7 +73,7 @@ def _describe_what_did_not_run() -> str:
 
 def classify_photographs(out: Path) -> None:
     """Train on fifty photographs of clothing, and classify others, and those of other things."""
-    from sopdeploy.checkpoint import read_checkpoint
+    from sopdeploy.weights.checkpoint import read_checkpoint
 
     say(
         "Five kinds of clothing, ten photos each; without a GPU or the internet",
@@ -132,7 +132,7 @@ class _Prepared(NamedTuple):
 
 def _prepare_digits(out: Path) -> _Prepared:
     """Train digits with DSoP's branches in the folder *out*, export them, and ask a server for answers."""
-    from sopdeploy.photos.libraries import open_digits
+    from sopdeploy.data.folders.libraries import open_digits
 
     outputs: dict[str, str] = {}
     for words in (DIGITS, EXPORT):
@@ -186,8 +186,8 @@ def _count_detached(folder: Path) -> list[tuple[str, ...]]:
     linear layers for one image.
     """
     from sopdeploy.bundle.folder import open_bundle
-    from sopdeploy.checkpoint import read_checkpoint
     from sopdeploy.models.describe import describe
+    from sopdeploy.weights.checkpoint import read_checkpoint
 
     # What the certificate lists.
     bundle = open_bundle(folder / "bundles" / LATEST)

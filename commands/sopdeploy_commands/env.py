@@ -19,8 +19,8 @@ _PACKAGES = (
 @command(examples=("sopdeploy env",))
 def env() -> None:
     """Print versions, system, processor, GPU and plug-ins for a bug report."""
-    from sopdeploy.environment import installed, machine
-    from sopdeploy.plugins import describe_distribution, installed_plugins
+    from sopdeploy.base.environment import installed, machine
+    from sopdeploy.base.plugins import describe_distribution, installed_plugins
 
     modules: dict[str, list[str]] = {}  # of plug-ins, by distribution; not imported
     for point in installed_plugins():

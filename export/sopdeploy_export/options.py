@@ -5,10 +5,10 @@ from typing import Annotated, ClassVar, Literal
 
 import pydantic
 
+from sopdeploy.base.config import NonNegative, Options
+from sopdeploy.base.project import Name
 from sopdeploy.bundle.manifest import BatchRange, Int8For, Precision
-from sopdeploy.config import NonNegative, Options
 from sopdeploy.errors import ConfigError
-from sopdeploy.project import Name
 
 BatchSize = Annotated[int, pydantic.Field(ge=1, le=1_000_000)]
 USUAL_BATCH = 8  # the batch size that equivalent forms of a layer are chosen for

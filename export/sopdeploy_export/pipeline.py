@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
+from sopdeploy.base.names import label_problem
+from sopdeploy.base.project import Origin
 from sopdeploy.bundle import publication
+from sopdeploy.bundle.decision import Decision
 from sopdeploy.bundle.listing import read_bundles
 from sopdeploy.bundle.manifest import (
     EMBEDDING,
@@ -24,8 +27,6 @@ from sopdeploy.bundle.manifest import (
 )
 from sopdeploy.bundle.probes import write_probes
 from sopdeploy.bundle.second_order import count_second_order
-from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.decision import Decision
 from sopdeploy.errors import (
     CertificateError,
     CheckpointError,
@@ -35,8 +36,7 @@ from sopdeploy.errors import (
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe_exported, name_network
-from sopdeploy.names import label_problem
-from sopdeploy.project import Origin
+from sopdeploy.weights.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy_export.admit.network import (
     check_exportable,
     check_size,

@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from sopdeploy.base.environment import EXACT_INT8, lacks_vnni
+from sopdeploy.base.files import GRAPH_DATA
 from sopdeploy.bundle.manifest import GATES
 from sopdeploy.bundle.onnx_root import NO_WEIGHTS
-from sopdeploy.environment import EXACT_INT8, lacks_vnni
 from sopdeploy.errors import ParityError
-from sopdeploy.files import GRAPH_DATA
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy_export.capture.deployed import INPUT, Deployed
 

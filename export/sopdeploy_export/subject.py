@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sopdeploy.backbones.base import Backbone
-from sopdeploy.decision import Decision
+from sopdeploy.base.plugins import plugin_versions
+from sopdeploy.base.project import Origin
+from sopdeploy.bundle.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.backbones.base import Backbone
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy.plugins import plugin_versions
-from sopdeploy.project import Origin
 from sopdeploy_export.network import tensors
 
 

@@ -11,12 +11,12 @@ waited too long, and is ready only after warm-up batches have run.
 import json
 from pathlib import Path
 
+from sopdeploy.base.files import GRAPH, sha256
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange, TensorRecord
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.bundle.publication import staging
 from sopdeploy.errors import BundleError
-from sopdeploy.files import GRAPH, sha256
 
 TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 WARMUP = "image"

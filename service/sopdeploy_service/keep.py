@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.base.files import os_reason
+from sopdeploy.bundle.decision import sigmoid, softmax
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.decision import sigmoid, softmax
+from sopdeploy.data.photos.kept import SAMPLED, image_id
 from sopdeploy.errors import ImageError
-from sopdeploy.files import os_reason
-from sopdeploy.photos.kept import SAMPLED, image_id
 from sopdeploy.version import __version__
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction, RejectedError

@@ -23,9 +23,8 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 from xml.etree import ElementTree
 
-from sopdeploy.bundle.folder import Bundle
-from sopdeploy.file_systems import set_mode
-from sopdeploy.files import (
+from sopdeploy.base.file_systems import set_mode
+from sopdeploy.base.files import (
     MAX_NAMES_BYTES,
     MAX_TEXT_BYTES,
     atomic_write,
@@ -33,7 +32,8 @@ from sopdeploy.files import (
     remove_leftovers,
     writing,
 )
-from sopdeploy.photos.kept import LABEL_CONFIG, NOT_OURS, SAMPLED, image_id, is_sampled
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.data.photos.kept import LABEL_CONFIG, NOT_OURS, SAMPLED, image_id, is_sampled
 
 Deletion = Literal["expired", "no_room"]
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import (
+from sopdeploy.base.config import (
     Count,
     Fraction,
     StrictModel,
@@ -24,12 +24,12 @@ from sopdeploy.config import (
     parse_toml,
     shown,
 )
-from sopdeploy.environment import usable_cores
+from sopdeploy.base.environment import usable_cores
+from sopdeploy.base.files import read_text
+from sopdeploy.base.nearest import did_you_mean
+from sopdeploy.base.plugins import RUNTIMES, VARIABLE
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import read_text
 from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
-from sopdeploy.nearest import did_you_mean
-from sopdeploy.plugins import RUNTIMES, VARIABLE
 from sopdeploy_service.origins import Network, parse_host, parse_network
 
 

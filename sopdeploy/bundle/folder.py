@@ -16,11 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sopdeploy.bundle.live import read_live
-from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest
-from sopdeploy.bundle.sealed import HashedBlocks, SealedFile
-from sopdeploy.errors import BundleError
-from sopdeploy.files import (
+from sopdeploy.base.files import (
     GRAPH,
     GRAPH_DATA,
     LATEST,
@@ -32,7 +28,11 @@ from sopdeploy.files import (
     os_reason,
     read_at_most,
 )
-from sopdeploy.names import read_labels
+from sopdeploy.base.names import read_labels
+from sopdeploy.bundle.live import read_live
+from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest
+from sopdeploy.bundle.sealed import HashedBlocks, SealedFile
+from sopdeploy.errors import BundleError
 from sopdeploy.paths import describe_wrong
 
 PROBES = "probes.npz"

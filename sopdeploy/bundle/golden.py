@@ -20,16 +20,16 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
+from sopdeploy.base.config import StrictModel, Text, version_advice
+from sopdeploy.base.names import MAX_CLASSES
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import GATES, to_json
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.config import StrictModel, Text, version_advice
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.images import fast_resize
 from sopdeploy.images.decode import decode
 from sopdeploy.images.pixels import ORIENTATION
 from sopdeploy.images.preprocess import Decoding, Preprocess
-from sopdeploy.names import MAX_CLASSES
 
 GOLDEN = "golden.json"
 MAX_EXAMPLES = 4

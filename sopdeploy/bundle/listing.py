@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from sopdeploy.base.files import MANIFEST
 from sopdeploy.bundle.folder import REQUIRED, Bundle, read_files, read_manifest
 from sopdeploy.bundle.live import read_live
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError
-from sopdeploy.files import MANIFEST
 
 
 class ListedBundle(NamedTuple):

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sopdeploy.config import parse_json
+from sopdeploy.base.config import parse_json
+from sopdeploy.base.files import MAX_NAMES_BYTES, read_file
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import MAX_NAMES_BYTES, read_file
 
 LOG = "promotions.jsonl"
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import (
+from sopdeploy.base.config import (
     FieldValues,
     Positive,
     StrictModel,
@@ -17,11 +17,11 @@ from sopdeploy.config import (
     validate_format,
     writer_of,
 )
-from sopdeploy.decision import Decision
-from sopdeploy.files import GRAPH, GRAPH_DATA
+from sopdeploy.base.files import GRAPH, GRAPH_DATA
+from sopdeploy.base.names import ProjectName
+from sopdeploy.base.project import Origin, Time
+from sopdeploy.bundle.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.names import ProjectName
-from sopdeploy.project import Origin, Time
 
 FORMAT_VERSION: Literal[1] = 1
 ID_LENGTH = 12

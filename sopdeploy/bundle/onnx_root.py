@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sopdeploy.base.config import parse_json, shown, version_advice
+from sopdeploy.base.environment import import_optional
+from sopdeploy.base.files import GRAPH, GRAPH_DATA
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, PROOFS, TensorRecord, to_json
-from sopdeploy.config import parse_json, shown, version_advice
-from sopdeploy.environment import import_optional
 from sopdeploy.errors import BundleError, CertificateError, MissingPackageError
-from sopdeploy.files import GRAPH, GRAPH_DATA
 
 if TYPE_CHECKING:
     import onnx

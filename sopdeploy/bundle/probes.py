@@ -17,8 +17,8 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
+from sopdeploy.base.config import StrictModel
 from sopdeploy.bundle.folder import PROBES, Bundle
-from sopdeploy.config import StrictModel
 from sopdeploy.errors import BundleError, ParityError
 
 ANOTHER_NETWORK = "this runtime does not compute the exported network"

@@ -12,11 +12,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, open_bundle
-from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest, to_json
-from sopdeploy.errors import BundleError
-from sopdeploy.file_systems import flush, set_mode
-from sopdeploy.files import (
+from sopdeploy.base.file_systems import flush, set_mode
+from sopdeploy.base.files import (
     FULL_ERRNOS,
     MANIFEST,
     atomic_write,
@@ -26,6 +23,9 @@ from sopdeploy.files import (
     temporary_folder,
     writing,
 )
+from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, open_bundle
+from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest, to_json
+from sopdeploy.errors import BundleError
 
 
 @contextmanager

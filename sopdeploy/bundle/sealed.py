@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import IO
 
-from sopdeploy.files import BLOCK_BYTES
+from sopdeploy.base.files import BLOCK_BYTES
 
 # Of Linux: neither size nor content can change
 SEALS = sum(getattr(fcntl, f"F_SEAL_{name}", 0) for name in ("GROW", "SHRINK", "SEAL", "WRITE"))

@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, Bundle
-from sopdeploy.bundle.sealed import SealedFile
-from sopdeploy.environment import import_optional
-from sopdeploy.errors import BundleError, ConfigError, MissingPackageError
-from sopdeploy.files import (
+from sopdeploy.base.environment import import_optional
+from sopdeploy.base.files import (
     MANIFEST,
     open_regular,
     read_at_most,
     read_file,
 )
+from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, Bundle
+from sopdeploy.bundle.sealed import SealedFile
+from sopdeploy.errors import BundleError, ConfigError, MissingPackageError
 
 MAX_FILE_BYTES = 1_000_000  # of a signature
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 import pydantic
 
+from sopdeploy.base.config import Text, parse_json
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE
-from sopdeploy.config import Text, parse_json
 from sopdeploy.errors import BundleError
 
 Evidence = Literal["proved", "measured"]

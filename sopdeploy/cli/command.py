@@ -23,6 +23,9 @@ from typing import (
 import pydantic
 import typer
 
+from sopdeploy.base.config import Options, reason_of
+from sopdeploy.base.environment import is_main_process
+from sopdeploy.base.nearest import did_you_mean
 from sopdeploy.cli.console import (
     err,
     image_progress,
@@ -33,11 +36,8 @@ from sopdeploy.cli.console import (
     showing_causes,
     stdout_to_stderr,
 )
-from sopdeploy.config import Options, reason_of
-from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.signatures import describe_skipped, noting_skipped
-from sopdeploy.nearest import did_you_mean
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Result = TypeVar("_Result")

@@ -23,7 +23,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from sopdeploy.environment import is_main_process, missing_extras
+from sopdeploy.base.environment import is_main_process, missing_extras
+from sopdeploy.base.files import FULL_ERRNOS, STORAGE_ERRNOS, os_reason
 from sopdeploy.errors import (
     NoMemoryError,
     SopdeployError,
@@ -32,7 +33,6 @@ from sopdeploy.errors import (
     first_line,
     is_memory_exhausted,
 )
-from sopdeploy.files import FULL_ERRNOS, STORAGE_ERRNOS, os_reason
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)

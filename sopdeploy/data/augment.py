@@ -17,7 +17,16 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.base.config import Fraction, StrictModel
+from sopdeploy.base.seeds import derive_seed
+from sopdeploy.data.photos.network_inputs import (
+    FittedDataset,
+    FittedPixels,
+    PreprocessedDataset,
+    Window,
+    crop_padded,
+)
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.data.timm_augment import (
     Mixing,
     PositiveFraction,
@@ -27,15 +36,6 @@ from sopdeploy.data.timm_augment import (
 )
 from sopdeploy.images.pixels import RESAMPLING, View
 from sopdeploy.images.preprocess import Box, Preprocess, Side
-from sopdeploy.photos.network_inputs import (
-    FittedDataset,
-    FittedPixels,
-    PreprocessedDataset,
-    Window,
-    crop_padded,
-)
-from sopdeploy.photos.photo import LabeledImages
-from sopdeploy.seeds import derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor

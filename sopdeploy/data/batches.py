@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sopdeploy.environment import usable_cores
+from sopdeploy.base.environment import usable_cores
+from sopdeploy.base.seeds import derive_seed
+from sopdeploy.data.photos.network_inputs import Dataset
 from sopdeploy.errors import DataError
-from sopdeploy.photos.network_inputs import Dataset
-from sopdeploy.seeds import derive_seed
 
 PILLOW_BLOCKS = 2  # of 16 MB each that Pillow keeps: enough for a photograph and its conversion
 SHARED = {"images", "fitted"}  # fields of a data set that loader processes have

@@ -8,16 +8,16 @@ from typing import Annotated, Literal
 import numpy as np
 import pydantic
 
-from sopdeploy.config import StrictModel, with_registered
+from sopdeploy.base.config import StrictModel, with_registered
+from sopdeploy.base.files import expand_user
+from sopdeploy.base.plugins import DATA_SOURCES
+from sopdeploy.base.seeds import derive_seed
+from sopdeploy.data.folders.evaluation_images import FORMER_FILES, holds_classes
+from sopdeploy.data.folders.folder import open_folder
+from sopdeploy.data.folders.libraries import has_files_of, open_cifar, open_digits, open_part
+from sopdeploy.data.photos.files import Log
+from sopdeploy.data.photos.photo import LabeledImages, Split, select_classes
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.files import expand_user
-from sopdeploy.photos.evaluation_images import FORMER_FILES, holds_classes
-from sopdeploy.photos.files import Log
-from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.libraries import has_files_of, open_cifar, open_digits, open_part
-from sopdeploy.photos.photo import LabeledImages, Split, select_classes
-from sopdeploy.plugins import DATA_SOURCES
-from sopdeploy.seeds import derive_seed
 
 SUBSET_SEED = 0  # not the seed of the run: the same number gives the same classes in every run
 
@@ -135,7 +135,7 @@ def register_data_source(config: type[DataSource]) -> None:
         >>> from typing import Literal
         >>> import numpy as np
         >>> from sopdeploy.data.sources import DataSource
-        >>> from sopdeploy.photos.photo import ArrayImages, Split
+        >>> from sopdeploy.data.photos.photo import ArrayImages, Split
         >>> class Noise(DataSource):
         ...     kind: Literal["noise"]
         ...

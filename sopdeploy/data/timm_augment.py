@@ -15,8 +15,8 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.config import Count, Fraction, StrictModel
-from sopdeploy.environment import import_optional
+from sopdeploy.base.config import Count, Fraction, StrictModel
+from sopdeploy.base.environment import import_optional
 from sopdeploy.errors import MissingPackageError
 from sopdeploy.images.preprocess import Preprocess
 

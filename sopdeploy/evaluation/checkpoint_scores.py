@@ -11,16 +11,16 @@ import numpy as np
 import pydantic
 import torch
 
-from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.decision import Decision, sigmoid
+from sopdeploy.base.project import AS_IT_IS, FolderReading
+from sopdeploy.bundle.decision import Decision, sigmoid
+from sopdeploy.data.folders.evaluation_images import open_evaluation_images
+from sopdeploy.data.photos.file_checks import describe_seen
+from sopdeploy.data.photos.files import Log
 from sopdeploy.errors import DataError, amount
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, fit_thresholds
 from sopdeploy.evaluation.prediction import as_evaluated, score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
-from sopdeploy.photos.evaluation_images import open_evaluation_images
-from sopdeploy.photos.file_checks import describe_seen
-from sopdeploy.photos.files import Log
-from sopdeploy.project import AS_IT_IS, FolderReading
+from sopdeploy.weights.checkpoint import Checkpoint, build_classifier, read_checkpoint
 
 
 class CheckpointScores(NamedTuple):

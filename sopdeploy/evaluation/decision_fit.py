@@ -17,7 +17,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import (
+from sopdeploy.bundle.decision import (
     ACCEPTS,
     Calibration,
     Decision,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import softmax
+from sopdeploy.bundle.decision import softmax
 
 # A label is listed if another class is so many times as probable, both relative to the average
 # probability of the class for its own images. Labels that are contradicted less are mostly

@@ -14,8 +14,8 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.decision import log_sum_exp
+from sopdeploy.base.config import Fraction, StrictModel
+from sopdeploy.bundle.decision import log_sum_exp
 from sopdeploy.errors import DataError
 
 TOP_K = 5

@@ -15,7 +15,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.base.config import Fraction, StrictModel
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import NO_IMAGES, effective_count, wilson
 from sopdeploy.evaluation.statistics import LEVEL

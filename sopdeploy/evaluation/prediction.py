@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.base.config import Fraction, StrictModel
+from sopdeploy.bundle.decision import Activation, sigmoid
 from sopdeploy.data.batches import Loader, load_batches, sequential_batches
-from sopdeploy.decision import Activation, sigmoid
+from sopdeploy.data.photos.file_checks import unreadable_images_error
+from sopdeploy.data.photos.network_inputs import PreprocessedDataset
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.evaluation.decision_fit import fit_thresholds
 from sopdeploy.evaluation.metrics import NO_IMAGES, TOP_K
@@ -30,9 +33,6 @@ from sopdeploy.evaluation.multi_label import (
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier
-from sopdeploy.photos.file_checks import unreadable_images_error
-from sopdeploy.photos.network_inputs import PreprocessedDataset
-from sopdeploy.photos.photo import LabeledImages
 
 SCORE_BATCH = 32  # images
 

@@ -11,7 +11,8 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import Decision, sigmoid
+from sopdeploy.bundle.decision import Decision, sigmoid
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.evaluation.metrics import (
     TOP_K,
     ClassificationReport,
@@ -26,7 +27,6 @@ from sopdeploy.evaluation.multi_label import (
 )
 from sopdeploy.html.plots import plot, plot_bars
 from sopdeploy.html.report import NO_BREAK_SPACE, Figure, Section, Table, percent
-from sopdeploy.photos.photo import LabeledImages
 
 MAX_MATRIX_CLASSES = 30
 MAX_CONFUSIONS = 15

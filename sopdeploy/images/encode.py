@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sopdeploy.base.files import MAX_IMAGE_BYTES, open_regular, read_at_most
 from sopdeploy.errors import DataError, SopdeployError
-from sopdeploy.files import MAX_IMAGE_BYTES, open_regular, read_at_most
 from sopdeploy.images.formats import image_error, too_large_error
 from sopdeploy.images.pixels import (
     ORIENTATION,

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from PIL import AvifImagePlugin, Image, PngImagePlugin
 
+from sopdeploy.base.files import POINTER, POINTER_ADVICE
 from sopdeploy.errors import ImageError, first_line
-from sopdeploy.files import POINTER, POINTER_ADVICE
 from sopdeploy.images.limits import (
     EXTRAS,
     FORMATS,

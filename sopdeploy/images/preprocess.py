@@ -14,7 +14,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from sopdeploy.config import Positive, StrictModel, first_problem
+from sopdeploy.base.config import Positive, StrictModel, first_problem
 from sopdeploy.errors import ConfigError
 
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]

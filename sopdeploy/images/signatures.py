@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path, PurePath
 from shlex import quote
 
+from sopdeploy.base.files import PARTIAL, POINTER, open_regular
 from sopdeploy.errors import amount, shorten
-from sopdeploy.files import PARTIAL, POINTER, open_regular
 from sopdeploy.images.limits import FORMATS, describe_formats
 
 SUFFIXES = (*(f".{name}" for name in FORMATS), ".jpg", ".heif")  # only to open fewer files

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.config import StrictModel
+from sopdeploy.base.config import StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.covariance import (
     at_least_float32,

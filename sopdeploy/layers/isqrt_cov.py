@@ -26,7 +26,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from sopdeploy.config import StrictModel
+from sopdeploy.base.config import StrictModel
 from sopdeploy.layers.covariance import (
     TriangleIndices,
     at_least_float32,

@@ -6,9 +6,9 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone
 from sopdeploy.errors import ConfigError, shorten
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.backbones.base import Backbone
 
 
 def is_in(name: str, *modules: str) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sopdeploy.config import FieldValues, StrictModel
+from sopdeploy.base.config import FieldValues, StrictModel
 from sopdeploy.errors import ConfigError, shorten
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture import Components

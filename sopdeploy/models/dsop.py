@@ -26,11 +26,11 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import pydantic
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import initialize
-from sopdeploy.config import Count, NonNegative
+from sopdeploy.base.config import Count, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import dimension_reduction
+from sopdeploy.models.backbones.base import initialize
 from sopdeploy.models.base import Classifier
 
 Blocks = Annotated[int, pydantic.Field(ge=0)]

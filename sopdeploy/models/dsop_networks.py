@@ -4,7 +4,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from sopdeploy.backbones.cifar_resnet import (
+from sopdeploy.errors import ConfigError
+from sopdeploy.models.backbones.cifar_resnet import (
     PreActResNet,
     PreActResNetConfig,
     ResNeXt,
@@ -12,14 +13,13 @@ from sopdeploy.backbones.cifar_resnet import (
     SmallResNet,
     SmallResNetConfig,
 )
-from sopdeploy.backbones.efficientnet import (
+from sopdeploy.models.backbones.efficientnet import (
     HEAD_CHANNELS,
     MBCONV_STAGES,
     EfficientNet,
     EfficientNetConfig,
 )
-from sopdeploy.backbones.resnet import ResNet, ResNetConfig
-from sopdeploy.errors import ConfigError
+from sopdeploy.models.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.models.dsop import BranchPlan, DSoP, DSoPConfig, PaperBranches
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone, TimmConfig
 

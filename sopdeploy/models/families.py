@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-from sopdeploy.config import StrictModel
+from sopdeploy.base.config import StrictModel
 from sopdeploy.errors import shorten
 
 PAGE = "docs/second-order.md"

@@ -21,8 +21,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.backbones.resnet import initialize_by_fan_in
-from sopdeploy.config import Count, NonNegative
+from sopdeploy.base.config import Count, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture import (
@@ -32,6 +31,7 @@ from sopdeploy.layers.mixture import (
     balance_loss,
     softmax_of_largest,
 )
+from sopdeploy.models.backbones.resnet import initialize_by_fan_in
 from sopdeploy.models.base import TrainingOutput
 from sopdeploy.models.registry import Entry
 from sopdeploy.models.second_order_head import (

@@ -40,18 +40,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone
-from sopdeploy.backbones.efficientnet import (
-    HEAD_CHANNELS,
-    EfficientNetLite,
-    EfficientNetLiteConfig,
-)
-from sopdeploy.backbones.resnet import (
-    LowResolutionResNet,
-    LowResolutionResNetConfig,
-    initialize_by_fan_in,
-)
-from sopdeploy.config import Count, FractionBelowOne, NonNegative
+from sopdeploy.base.config import Count, FractionBelowOne, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import NewtonSchulzOptions
@@ -69,6 +58,17 @@ from sopdeploy.layers.mixture import (
 from sopdeploy.layers.netvlad import NetVLAD
 from sopdeploy.layers.pooling.base import FixedAverage, GapConfig, dimension_reduction
 from sopdeploy.layers.pooling.registry import Pooling
+from sopdeploy.models.backbones.base import Backbone
+from sopdeploy.models.backbones.efficientnet import (
+    HEAD_CHANNELS,
+    EfficientNetLite,
+    EfficientNetLiteConfig,
+)
+from sopdeploy.models.backbones.resnet import (
+    LowResolutionResNet,
+    LowResolutionResNetConfig,
+    initialize_by_fan_in,
+)
 from sopdeploy.models.base import Classifier, TrainingOutput
 
 

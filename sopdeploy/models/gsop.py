@@ -17,16 +17,16 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import initialize
-from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
-from sopdeploy.backbones.efficientnet import EfficientNetLite, EfficientNetLiteConfig
-from sopdeploy.backbones.resnet import ResNet, ResNetConfig
-from sopdeploy.config import Count, FractionBelowOne
+from sopdeploy.base.config import Count, FractionBelowOne
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.isqrt_cov import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import FixedAverage, GapConfig, GlobalPooling
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
+from sopdeploy.models.backbones.base import initialize
+from sopdeploy.models.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
+from sopdeploy.models.backbones.efficientnet import EfficientNetLite, EfficientNetLiteConfig
+from sopdeploy.models.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import GSOP_RELEASED
 

@@ -7,11 +7,15 @@ authors' slides on iSQRT-COV.
 
 from torch import nn
 
-from sopdeploy.backbones.base import initialize
-from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, EfficientNet, EfficientNetConfig
-from sopdeploy.config import Count
+from sopdeploy.base.config import Count
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import FixedAverage, GapConfig, dimension_reduction
+from sopdeploy.models.backbones.base import initialize
+from sopdeploy.models.backbones.efficientnet import (
+    HEAD_CHANNELS,
+    EfficientNet,
+    EfficientNetConfig,
+)
 from sopdeploy.models.base import Classifier
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
-from sopdeploy.config import FieldValues, StrictModel, first_problem
+from sopdeploy.base.config import FieldValues, StrictModel, first_problem
+from sopdeploy.base.nearest import ask_for
+from sopdeploy.base.plugins import MODELS, import_if_named
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.families import PAGE, lead_on
-from sopdeploy.nearest import ask_for
-from sopdeploy.plugins import MODELS, import_if_named
 
 if TYPE_CHECKING:
     from sopdeploy.models.base import Classifier
@@ -107,10 +107,10 @@ def at_64(network: str, defaults: Mapping[str, Any], title: str) -> Entry:
     )
 
 
-RESNET = "sopdeploy.backbones.resnet:ResNet"
-VGG = "sopdeploy.backbones.alexnet_vgg:VGG"
-LITE = "sopdeploy.backbones.efficientnet:EfficientNetLite"
-CIFAR = "sopdeploy.backbones.cifar_resnet"
+RESNET = "sopdeploy.models.backbones.resnet:ResNet"
+VGG = "sopdeploy.models.backbones.alexnet_vgg:VGG"
+LITE = "sopdeploy.models.backbones.efficientnet:EfficientNetLite"
+CIFAR = "sopdeploy.models.backbones.cifar_resnet"
 DSOP_NETWORKS = "sopdeploy.models.dsop_networks"
 PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {
     "preact-resnet110": ({"blocks": 18, "block": "basic"}, "pre-activation ResNet-110"),
@@ -125,7 +125,9 @@ POOLED = {
         f"resnet{depth}": with_config(RESNET, {"depth": depth}, f"plain ResNet-{depth}")
         for depth in (18, 34, 50, 101)
     },
-    "alexnet": with_config("sopdeploy.backbones.alexnet_vgg:AlexNet", {}, "plain AlexNet"),
+    "alexnet": with_config(
+        "sopdeploy.models.backbones.alexnet_vgg:AlexNet", {}, "plain AlexNet"
+    ),
     **{
         name: with_config(VGG, {"pooling": "flatten", "batch_norm": norm}, f"plain {title}")
         for name, norm, title in (
@@ -134,7 +136,7 @@ POOLED = {
         )
     },
     "efficientnet-b0": with_config(
-        "sopdeploy.backbones.efficientnet:EfficientNet", {}, "plain EfficientNet-b0"
+        "sopdeploy.models.backbones.efficientnet:EfficientNet", {}, "plain EfficientNet-b0"
     ),
     "efficientnet-lite0": with_config(LITE, {}, "plain EfficientNet-Lite0"),
     "efficientnet-lite2": with_config(

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
 
-from sopdeploy.config import Count, NonNegative
+from sopdeploy.base.config import Count, NonNegative
 from sopdeploy.errors import ConfigError, DataError, first_line
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints

@@ -18,15 +18,15 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone
-from sopdeploy.backbones.efficientnet import mbconv
-from sopdeploy.config import Count, StrictModel
-from sopdeploy.environment import import_optional
+from sopdeploy.base.config import Count, StrictModel
+from sopdeploy.base.environment import import_optional
+from sopdeploy.base.nearest import did_you_mean
 from sopdeploy.errors import ConfigError, MissingPackageError, first_line
 from sopdeploy.layers.residual import BasicBlock, Bottleneck
+from sopdeploy.models.backbones.base import Backbone
+from sopdeploy.models.backbones.efficientnet import mbconv
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import Entry, with_config
-from sopdeploy.nearest import did_you_mean
 
 FIRST_STRIDE = 4  # stages of smaller stride belong to the stem
 

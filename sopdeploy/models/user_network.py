@@ -12,16 +12,16 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.config import FieldValues, StrictModel
+from sopdeploy.base.config import FieldValues, StrictModel
+from sopdeploy.base.plugins import MODELS
 from sopdeploy.errors import ConfigError, describe_known, first_line
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.layers.pooling.registry import Pooling
+from sopdeploy.models.backbones.base import Backbone, initialize
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.dsop import DSoP, DSoPConfig
 from sopdeploy.models.registry import CATALOG, Entry, parse_options
 from sopdeploy.models.timm_networks import nearest_block
-from sopdeploy.plugins import MODELS
 
 Trained = TypeVar("Trained", bound="UserNetwork")
 

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import Decision
+from sopdeploy.base.files import BEST, atomic_write, writing
+from sopdeploy.bundle.decision import Decision
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.errors import DataError, amount
 from sopdeploy.evaluation.metrics import (
     ClassificationReport,
@@ -42,7 +44,6 @@ from sopdeploy.evaluation.predictions import (
     tabulate_matrix,
     tabulate_mistakes,
 )
-from sopdeploy.files import BEST, atomic_write, writing
 from sopdeploy.html.plots import component_chart, plot
 from sopdeploy.html.report import (
     Figure,
@@ -53,7 +54,6 @@ from sopdeploy.html.report import (
     percent,
     render,
 )
-from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.checkpoints import Fit, Setup
 from sopdeploy.training.diagnostics import EpochRow, history_curve

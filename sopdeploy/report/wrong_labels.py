@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.base.config import Fraction, StrictModel
+from sopdeploy.base.files import LAST
+from sopdeploy.data.photos.file_checks import hash_images
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.label_doubts import find_label_doubts, find_suspects
-from sopdeploy.files import LAST
 from sopdeploy.paths import describe_wrong
-from sopdeploy.photos.file_checks import hash_images
-from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.checkpoints import has_same_images, read_recorded_recipe
 from sopdeploy.training.few_shot.state import read_copies, read_label_logits
 from sopdeploy.training.setup import open_division
+from sopdeploy.weights.checkpoint import read_checkpoint
 
 
 class WrongLabel(StrictModel):

@@ -20,24 +20,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sopdeploy.checkpoint import (
-    Checkpoint,
-    TrainingRecord,
-    is_state_dict,
+from sopdeploy.base.config import (
+    FieldValues,
+    StrictModel,
+    first_problem,
+    version_advice,
+    writer_of,
 )
-from sopdeploy.config import FieldValues, StrictModel, first_problem, version_advice, writer_of
-from sopdeploy.decision import Activation, Decision, Rejection
-from sopdeploy.environment import machine
+from sopdeploy.base.environment import machine
+from sopdeploy.base.plugins import plugin_versions
+from sopdeploy.base.project import MAX_RECORDED, Origin
+from sopdeploy.bundle.decision import Activation, Decision, Rejection
+from sopdeploy.data.photos.photo import LabeledImages, LeftOut, Split
+from sopdeploy.data.photos.split import Record
 from sopdeploy.errors import CheckpointError, ConfigError, TrainingError, shorten
 from sopdeploy.evaluation.decision_fit import describe_weakness
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.layers.normalize import images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.families import describe_options
-from sopdeploy.photos.photo import LabeledImages, LeftOut, Split
-from sopdeploy.photos.split import Record
-from sopdeploy.plugins import plugin_versions
-from sopdeploy.project import MAX_RECORDED, Origin
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.head_settings import FewShotConfig, HeadOptions
@@ -49,6 +50,11 @@ from sopdeploy.training.recipe import (
 from sopdeploy.training.results import AnyProcedureResult
 from sopdeploy.training.start_weights import StartReport, classifier_name
 from sopdeploy.version import __version__
+from sopdeploy.weights.checkpoint import (
+    Checkpoint,
+    TrainingRecord,
+    is_state_dict,
+)
 
 
 class Position(StrictModel, frozen=False):

@@ -15,7 +15,8 @@ from statistics import median_high
 
 import numpy as np
 
-from sopdeploy.config import StrictModel
+from sopdeploy.base.config import StrictModel
+from sopdeploy.data.photos.network_inputs import PreprocessedDataset
 from sopdeploy.evaluation.prediction import (
     AllHeads,
     HeldOutMetrics,
@@ -25,7 +26,6 @@ from sopdeploy.evaluation.prediction import (
 )
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy.photos.network_inputs import PreprocessedDataset
 
 MAX_IMAGES = 512
 # in the order of the columns; each network has some of them

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
+from sopdeploy.base.environment import is_distributed, launcher_number
 from sopdeploy.data.batches import count_batches
-from sopdeploy.environment import is_distributed, launcher_number
 from sopdeploy.errors import ConfigError, TrainingError
 from sopdeploy.evaluation.prediction import ProcessGroup
 from sopdeploy.training.recipe import Recipe

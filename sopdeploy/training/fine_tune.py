@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax, logsumexp
 from torch import Tensor, nn
 
-from sopdeploy.checkpoint import Checkpoint, build_classifier
-from sopdeploy.decision import Decision
+from sopdeploy.bundle.decision import Decision
+from sopdeploy.data.photos.copies import Groups
+from sopdeploy.data.photos.network_inputs import PreprocessedDataset
 from sopdeploy.evaluation.decision_fit import (
     fit_decision,
     fit_temperature,
@@ -40,8 +41,6 @@ from sopdeploy.models.second_order_head import (
     SecondOrderHead,
     tuned_name,
 )
-from sopdeploy.photos.copies import Groups
-from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import Fit, Setup, read_resumed, run_record
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
@@ -54,6 +53,7 @@ from sopdeploy.training.loop.state import LoopState, last_loop_record, read_froz
 from sopdeploy.training.results import LoopResult, Tuning
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import move_to_device
+from sopdeploy.weights.checkpoint import Checkpoint, build_classifier
 
 
 def fit_fine_tune(

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from sopdeploy.config import StrictModel
+from sopdeploy.base.config import StrictModel
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
-from sopdeploy.config import (
+from sopdeploy.base.config import (
     Count,
     FractionBelowOne,
     NonNegative,
@@ -20,9 +20,9 @@ from sopdeploy.config import (
     StrictModel,
     with_registered,
 )
+from sopdeploy.base.plugins import OPTIMIZERS
 from sopdeploy.data.augment import Augmentations
 from sopdeploy.models.registry import CatalogModel
-from sopdeploy.plugins import OPTIMIZERS
 from sopdeploy.training.schedules import Schedule
 
 Betas = tuple[FractionBelowOne, FractionBelowOne]

@@ -13,17 +13,17 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 import pydantic
 from pydantic.fields import FieldInfo
 
-from sopdeploy.config import Count, FieldValues, StrictModel, first_problem
+from sopdeploy.base.config import Count, FieldValues, StrictModel, first_problem
+from sopdeploy.base.files import BEST
+from sopdeploy.base.nearest import did_you_mean
+from sopdeploy.base.plugins import DATA_SOURCES
+from sopdeploy.base.project import Name
+from sopdeploy.bundle.decision import ACCEPTS
 from sopdeploy.data.augment import Augmentations
 from sopdeploy.data.sources import DataConfig, DataOptions, FolderConfig, HoldOut, OwnDataConfig
-from sopdeploy.decision import ACCEPTS
 from sopdeploy.errors import ConfigError, with_hint
-from sopdeploy.files import BEST
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry
-from sopdeploy.nearest import did_you_mean
-from sopdeploy.plugins import DATA_SOURCES
-from sopdeploy.project import Name
 from sopdeploy.training.head_settings import (
     FeatureSettings,
     FewShotConfig,

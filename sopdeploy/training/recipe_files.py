@@ -7,12 +7,12 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.config import FieldValues, parse_toml
+from sopdeploy.base.config import FieldValues, parse_toml
+from sopdeploy.base.files import read_text
+from sopdeploy.base.nearest import did_you_mean
+from sopdeploy.base.plugins import RECIPES, own_entry_points
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import read_text
 from sopdeploy.models.families import lead_on
-from sopdeploy.nearest import did_you_mean
-from sopdeploy.plugins import RECIPES, own_entry_points
 
 # What selecting the procedure `fine_tune` sets: short training by small steps, because the
 # start is good. A rate of 1e-3 lost 27 points of signs and 73 of packages on one draw, with

@@ -9,8 +9,17 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from sopdeploy.config import Count, Fraction, Positive, StrictModel, version_advice, writer_of
-from sopdeploy.decision import Estimate
+from sopdeploy.base.config import (
+    Count,
+    Fraction,
+    Positive,
+    StrictModel,
+    version_advice,
+    writer_of,
+)
+from sopdeploy.bundle.decision import Estimate
+from sopdeploy.data.photos.clips import describe_clip, describe_possible_clip
+from sopdeploy.data.photos.file_checks import describe_left_out
 from sopdeploy.errors import CheckpointError, amount, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
@@ -22,8 +31,6 @@ from sopdeploy.evaluation.statistics import (
     mcnemar,
     smallest_difference,
 )
-from sopdeploy.photos.clips import describe_clip, describe_possible_clip
-from sopdeploy.photos.file_checks import describe_left_out
 
 # The result names classes with fewer images, because each fold tests hardly any of them
 _FEW_IMAGES = 5

@@ -17,10 +17,8 @@ from typing import Literal
 
 import torch
 
-from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from sopdeploy.errors import ConfigError, StorageError
-from sopdeploy.file_systems import Lock, lock_file
-from sopdeploy.files import (
+from sopdeploy.base.file_systems import Lock, lock_file
+from sopdeploy.base.files import (
     BEST,
     HISTORY,
     LAST,
@@ -33,12 +31,14 @@ from sopdeploy.files import (
     new_folder,
     writing,
 )
-from sopdeploy.project import RUNS
+from sopdeploy.base.project import RUNS
+from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.training.diagnostics import EpochRow, history_csv
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.loop_settings import SaveConfig
 from sopdeploy.training.recipe import recipe_file
 from sopdeploy.training.summary import RunSummary
+from sopdeploy.weights.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 
 IN_USE = "run_in_use"  # code of the error about a folder in which another process trains
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from sopdeploy.config import StrictModel
+from sopdeploy.base.config import StrictModel
 
 Epochs = Annotated[float, pydantic.Field(ge=0)]
 

@@ -10,9 +10,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sopdeploy.checkpoint import Checkpoint, build_classifier
+from sopdeploy.base.project import FolderReading, Origin, folder_name, utc_now
+from sopdeploy.bundle.decision import Rejection
+from sopdeploy.data.photos.any_images import UnknownImages, open_unknown
+from sopdeploy.data.photos.clips import clips_of_images
+from sopdeploy.data.photos.copies import NO_PAIRS, Grouped, Groups, connect, group_photographs
+from sopdeploy.data.photos.file_checks import (
+    count_formats,
+    describe_contradictions,
+    find_seen,
+    hash_images,
+)
+from sopdeploy.data.photos.photo import LabeledImages, Split
+from sopdeploy.data.photos.split import (
+    NONE,
+    Record,
+    choose_held_out,
+    divide,
+    record_choice,
+    recorded_choice,
+)
 from sopdeploy.data.sources import HoldOut, open_data
-from sopdeploy.decision import Rejection
 from sopdeploy.errors import (
     ConfigError,
     DataError,
@@ -27,25 +45,6 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
-from sopdeploy.photos.any_images import UnknownImages, open_unknown
-from sopdeploy.photos.clips import clips_of_images
-from sopdeploy.photos.copies import NO_PAIRS, Grouped, Groups, connect, group_photographs
-from sopdeploy.photos.file_checks import (
-    count_formats,
-    describe_contradictions,
-    find_seen,
-    hash_images,
-)
-from sopdeploy.photos.photo import LabeledImages, Split
-from sopdeploy.photos.split import (
-    NONE,
-    Record,
-    choose_held_out,
-    divide,
-    record_choice,
-    recorded_choice,
-)
-from sopdeploy.project import FolderReading, Origin, folder_name, utc_now
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import (
     Setup,
@@ -70,6 +69,7 @@ from sopdeploy.training.start_weights import (
     complete_preprocess,
     create_initial_model,
 )
+from sopdeploy.weights.checkpoint import Checkpoint, build_classifier
 
 ONE_GROUP = (
     "all images are one group (they look alike, or are in one folder), or share "

@@ -17,21 +17,21 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.checkpoint import COUNTER, Checkpoint
-from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.base.config import StrictModel, first_problem
+from sopdeploy.base.files import expand_user
+from sopdeploy.base.seeds import derive_seed
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.conversion import WeightFile
-from sopdeploy.importers.import_weights import convert_weights, open_weights
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import CatalogModel, create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD, without_head
 from sopdeploy.models.timm_networks import TimmBackbone
 from sopdeploy.paths import WeightPath, check_is_file, check_is_weights
-from sopdeploy.seeds import derive_seed
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe
+from sopdeploy.weights.checkpoint import COUNTER, Checkpoint
+from sopdeploy.weights.conversion import WeightFile
+from sopdeploy.weights.import_weights import convert_weights, open_weights
 
 WeightSource = WeightPath | WeightFile | Checkpoint  # a file of weights, checked or opened
 # That networks add to a backbone
@@ -110,7 +110,7 @@ def fetch_published(model: CatalogModel) -> tuple[Path, str]:
     Returns the file, and the catalog name under which the importers read it. Raises the errors of
     `fetch_imagenet_weights`.
     """
-    from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
+    from sopdeploy.weights.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
 
     config = make_config(model.name, model.config)
     # `head:NAME` starts with the weights of NAME.

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.config import FieldValues, StrictModel, parse_json
-from sopdeploy.files import SUMMARY, atomic_write, read_text, writing
-from sopdeploy.project import Origin
+from sopdeploy.base.config import FieldValues, StrictModel, parse_json
+from sopdeploy.base.files import SUMMARY, atomic_write, read_text, writing
+from sopdeploy.base.project import Origin
 
 # Entries of the record of a training that lists of runs read
 _LISTED = ("start", "procedure", "warnings")

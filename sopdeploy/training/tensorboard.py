@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.environment import import_optional
+from sopdeploy.base.environment import import_optional
 from sopdeploy.errors import MissingPackageError
 from sopdeploy.training.callback import Callback, ForwardingCallback
 from sopdeploy.training.diagnostics import EpochRow, history_table

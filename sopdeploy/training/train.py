@@ -12,13 +12,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from sopdeploy.checkpoint import Checkpoint
-from sopdeploy.config import StrictModel
-from sopdeploy.decision import Decision
+from sopdeploy.base.config import StrictModel
+from sopdeploy.base.files import BEST, HISTORY, LAST
+from sopdeploy.bundle.decision import Decision
+from sopdeploy.data.photos.file_checks import leave_out_unreadable, unreadable_images_error
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import ThresholdMetrics
-from sopdeploy.files import BEST, HISTORY, LAST
-from sopdeploy.photos.file_checks import leave_out_unreadable, unreadable_images_error
 from sopdeploy.training.callback import Callback, WarningRecord
 from sopdeploy.training.checkpoints import Fit, Setup, read_warnings
 from sopdeploy.training.distributed import Strategy, select_device
@@ -27,6 +26,7 @@ from sopdeploy.training.results import AnyProcedureResult, ClassScore, LoopResul
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import NOTHING_GIVEN, Given, open_images, set_up_run
 from sopdeploy.training.start_weights import StartReport
+from sopdeploy.weights.checkpoint import Checkpoint
 
 
 class TrainingResult(StrictModel):

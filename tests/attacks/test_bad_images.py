@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given, settings
 from PIL import Image, ImageFile
 
+from sopdeploy.data.folders.check import check_data
+from sopdeploy.data.folders.folder import open_folder
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images.decode import decode
 from sopdeploy.images.encode import encode_image
 from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.pixels import TILE
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.check import check_data
-from sopdeploy.photos.folder import open_folder
-from sopdeploy_commands.bulk.sources import ListedImage, list_sources, read_listed
-from sopdeploy_commands.bundles.predict import predict
+from sopdeploy_commands.classify.sources import ListedImage, list_sources, read_listed
+from sopdeploy_commands.predict import predict
 from sopdeploy_export.lower.accuracy import calibration_images
 from tests.support.counted import counted, record_images
 from tests.support.pictures import chunk, encoded, png

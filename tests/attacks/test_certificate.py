@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone
+from sopdeploy.base.config import StrictModel
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.mixture import Components
+from sopdeploy.models.backbones.base import Backbone
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.capture.deployed import export_images

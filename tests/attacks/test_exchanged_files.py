@@ -32,9 +32,9 @@ from sopdeploy.bundle.sealed import (
     read_memory,
 )
 from sopdeploy.errors import BundleError, RuntimeUnavailableError, SopdeployError
-from sopdeploy_commands.bundles.predict import predict
-from sopdeploy_commands.bundles.verify import verify
-from sopdeploy_commands.promotion.promote import promote
+from sopdeploy_commands.predict import predict
+from sopdeploy_commands.promote import promote
+from sopdeploy_commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime

@@ -16,10 +16,10 @@ import torch
 from torch.export.pt2_archive import _package
 
 from sopdeploy.bundle.probes import read_arrays
-from sopdeploy.checkpoint import load_plain, read_checkpoint, read_pytorch
 from sopdeploy.errors import SopdeployError
-from sopdeploy.importers.import_weights import open_weights
 from sopdeploy.paths import check_is_weights
+from sopdeploy.weights.checkpoint import load_plain, read_checkpoint, read_pytorch
+from sopdeploy.weights.import_weights import open_weights
 from tests.support.rooms import PACKAGES, ROOT
 
 MARKER = "pwned"
@@ -52,9 +52,9 @@ READERS = {
     # with allow_pickle=False
     "sopdeploy/bundle/probes.py: np.load",
     "sopdeploy/training/few_shot/other_things.py: np.load",
-    "sopdeploy/checkpoint.py: import pickle",  # the type of an exception
-    "sopdeploy/checkpoint.py: safetensors.load",  # JSON and numbers
-    "sopdeploy/checkpoint.py: torch.load",  # with weights_only=True
+    "sopdeploy/weights/checkpoint.py: import pickle",  # the type of an exception
+    "sopdeploy/weights/checkpoint.py: safetensors.load",  # JSON and numbers
+    "sopdeploy/weights/checkpoint.py: torch.load",  # with weights_only=True
     # numbers, text and structs
     "plugins/papers/sopdeploy_papers/gmsop_weights.py: scipy_io.loadmat",
     "sopdeploy/images/metadata.py: exif.load",  # bytes

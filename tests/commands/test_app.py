@@ -304,7 +304,7 @@ INTERRUPTED = {
     "train": ("train --recipe digits-plain", "sopdeploy.training.train.train_run"),
     "eval": (
         "eval x.pt --data photos",
-        "sopdeploy_commands.training.evaluate.check_is_checkpoint",
+        "sopdeploy_commands.evaluate.check_is_checkpoint",
     ),
     "serve": ("serve x", "sopdeploy_service.server.process.run_server"),
 }

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sopdeploy.base.project import Origin
 from sopdeploy.bundle.manifest import Manifest
+from sopdeploy.data.folders.folder import open_folder
+from sopdeploy.data.photos.file_checks import count_formats
 from sopdeploy.images import limits
-from sopdeploy.photos.file_checks import count_formats
-from sopdeploy.photos.folder import open_folder
-from sopdeploy.project import Origin
 from sopdeploy_service.inference.loader import describe_refusals, load_bundle
 from sopdeploy_service.settings import Settings
 from tests.support.pictures import encoded

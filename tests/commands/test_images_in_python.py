@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from sopdeploy.bundle.http_api import Classes
 from sopdeploy.client import Client
 from sopdeploy.errors import DataError, SopdeployError
-from sopdeploy.http_api import Classes
 from sopdeploy.images.encode import encode_image
-from sopdeploy_commands.bundles.predict import predict
+from sopdeploy_commands.predict import predict
 from tests.support.pictures import encoded
 
 WIDE = np.zeros((40, 90, 3), np.uint8)  # what is cropped depends on whether it is turned

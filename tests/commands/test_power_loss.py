@@ -12,20 +12,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from sopdeploy import files
+from sopdeploy.base import files
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.live import LOG
-from sopdeploy_commands.bulk import run
-from sopdeploy_commands.bulk.options import ClassifyOptions
-from sopdeploy_commands.promotion.compare import BundleComparison
-from sopdeploy_commands.promotion.promote import promote
+from sopdeploy_commands.classify import run
+from sopdeploy_commands.classify.options import ClassifyOptions
+from sopdeploy_commands.compare import BundleComparison
+from sopdeploy_commands.promote import promote
 from tests.support.crashes import LOSSES, end_at_each_step
 from tests.support.service import picture_bytes, write_bundle
 from tests.support.small_data import jpeg
 
 pytestmark = pytest.mark.slow
 
-promotion = import_module("sopdeploy_commands.promotion.promote")
+promotion = import_module("sopdeploy_commands.promote")
 
 
 @pytest.fixture(autouse=True)

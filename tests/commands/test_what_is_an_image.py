@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from sopdeploy.data.folders.check import check_data
+from sopdeploy.data.folders.evaluation_images import open_any_images, open_evaluation_images
+from sopdeploy.data.folders.folder import open_folder
+from sopdeploy.data.folders.table import read_label_table
+from sopdeploy.data.photos.files import check_takes_output
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.photos.check import check_data
-from sopdeploy.photos.evaluation_images import open_any_images, open_evaluation_images
-from sopdeploy.photos.files import check_takes_output
-from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.table import read_label_table
 from sopdeploy_commands.app import app
-from sopdeploy_commands.bulk.sources import list_sources
+from sopdeploy_commands.classify.sources import list_sources
 from tests.support.pictures import encoded
 from tests.support.service import LABELS
 

@@ -42,8 +42,8 @@ EARLY_MISTAKES = {
 # import.
 IN_FORKS = """
 import json, os, sys
-import sopdeploy.cli.command, sopdeploy.photos.folder, sopdeploy.training.recipe
-import sopdeploy_commands.bundles.export, sopdeploy_commands.training.train
+import sopdeploy.cli.command, sopdeploy.data.folders.folder, sopdeploy.training.recipe
+import sopdeploy_commands.export, sopdeploy_commands.train
 from sopdeploy_commands.app import main
 assert "torch" not in sys.modules
 for number, words in enumerate(json.load(sys.stdin)):

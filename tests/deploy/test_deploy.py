@@ -24,8 +24,8 @@ from prometheus_client import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 
+from sopdeploy.base.plugins import VARIABLE
 from sopdeploy.errors import BundleError
-from sopdeploy.plugins import VARIABLE
 from sopdeploy_commands.app import app
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.keep import Keeper

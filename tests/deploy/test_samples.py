@@ -18,7 +18,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.golden import GOLDEN, check_golden, read_golden
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_commands.bundles.verify import verify
+from sopdeploy_commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import blocks_of, text_of
 from tests.support.children import line_of

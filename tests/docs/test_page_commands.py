@@ -21,13 +21,13 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"sopdeploy demo",  # `tests/test_walk.py` runs it
     r"(git|make|docker|helm) ",
     r".* s3://",
-    r"sopdeploy classify .*--ray ",  # `tests/commands/bulk/test_on_ray.py` runs it
+    r"sopdeploy classify .*--ray ",  # `tests/commands/classify/test_on_ray.py` runs it
     r".*(--profiles|--runtime tensorrt)",
     r"sopdeploy (import|\w+ (ckpt|fitted)\.pt)",
     r"sopdeploy promote ",  # needs two networks; `tests/commands/promotion`
     r"sopdeploy reproduce .*--data",
     r".* (--pretrained|--models) |.* --set mirror=true",  # the second follows the first
-    r"sopdeploy label |.* --unknown ",  # `tests/commands/training/test_label.py`
+    r"sopdeploy label |.* --unknown ",  # `tests/commands/test_label.py`
     r".* (fgvc|--data cifar10)",
     r"torchrun ",
     r"datum ",

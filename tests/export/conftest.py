@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.gmsop import GatedResNet
 from sopdeploy.models.registry import create_model
+from sopdeploy.weights.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported

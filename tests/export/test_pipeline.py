@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from sopdeploy.base.project import Origin
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.golden import read_golden
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.errors import (
     DataError,
     DetachError,
@@ -23,8 +23,8 @@ from sopdeploy.errors import (
 )
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
-from sopdeploy.project import Origin
-from sopdeploy_commands.bundles.verify import verify
+from sopdeploy.weights.checkpoint import read_checkpoint, write_checkpoint
+from sopdeploy_commands.verify import verify
 from sopdeploy_export import pipeline
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.last_layer import fold_temperature

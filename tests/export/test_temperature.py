@@ -12,16 +12,21 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from sopdeploy.bundle.decision import Calibration, Decision, Rejection
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, describe_temperature, to_json
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.decision import Calibration, Decision, Rejection
 from sopdeploy.errors import BundleError, LoweringError
-from sopdeploy_commands.bundles.predict import predict
-from sopdeploy_commands.bundles.scores import scores_of_bundle
-from sopdeploy_commands.bundles.verify import verify
-from sopdeploy_commands.promotion.compare import compare
+from sopdeploy.weights.checkpoint import (
+    Checkpoint,
+    build_classifier,
+    read_checkpoint,
+    write_checkpoint,
+)
+from sopdeploy_commands.compare import compare
+from sopdeploy_commands.predict import predict
+from sopdeploy_commands.scores import scores_of_bundle
+from sopdeploy_commands.verify import verify
 from sopdeploy_export import last_layer
 from sopdeploy_export.capture.deployed import Deployed
 from sopdeploy_export.options import ExportOptions

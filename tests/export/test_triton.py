@@ -10,9 +10,9 @@ import pytest
 from google.protobuf import text_format
 from typer.testing import CliRunner
 
+from sopdeploy.bundle.decision import Calibration, Decision
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import BundleError
 from sopdeploy_commands.app import app
 from sopdeploy_export.triton import write_triton

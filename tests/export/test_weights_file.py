@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
+from sopdeploy.base.files import GRAPH, GRAPH_DATA
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.onnx_root import (
     check_graph_and_certificate,
@@ -27,10 +28,9 @@ from sopdeploy.errors import (
     NoMemoryError,
     RuntimeUnavailableError,
 )
-from sopdeploy.files import GRAPH, GRAPH_DATA
 from sopdeploy_commands.app import app
-from sopdeploy_commands.bundles.engine_builder.build import cast_images_first, parse_and_build
-from sopdeploy_commands.bundles.verify import verify
+from sopdeploy_commands.engine.build import cast_images_first, parse_and_build
+from sopdeploy_commands.verify import verify
 from sopdeploy_export.admit import network as admission
 from sopdeploy_export.lower import to_onnx
 from sopdeploy_export.options import ExportOptions

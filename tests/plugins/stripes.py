@@ -5,9 +5,9 @@ from typing import Literal
 import numpy as np
 import pydantic
 
+from sopdeploy.data.photos.files import Log
+from sopdeploy.data.photos.photo import ArrayImages, Split
 from sopdeploy.data.sources import DataSource
-from sopdeploy.photos.files import Log
-from sopdeploy.photos.photo import ArrayImages, Split
 
 
 class StripesConfig(DataSource):

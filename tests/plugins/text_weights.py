@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import sopdeploy
-from sopdeploy.importers.conversion import ConvertedWeights, WeightFile
+from sopdeploy.weights.conversion import ConvertedWeights, WeightFile
 
 MAGIC = b"ACME-WEIGHTS"
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sopdeploy.importers.conversion import WeightFile
-from sopdeploy.importers.import_weights import convert_weights, open_weights
-from sopdeploy.importers.published import find_lite_weights
 from sopdeploy.paths import check_is_weights
+from sopdeploy.weights.conversion import WeightFile
+from sopdeploy.weights.import_weights import convert_weights, open_weights
+from sopdeploy.weights.published import find_lite_weights
 
 LITE0 = "timm:tf_efficientnet_lite0"
 PHOTOS = Path(__file__).parent / "photos"

@@ -7,9 +7,9 @@ import torch
 
 import sopdeploy
 from sopdeploy.bundle.manifest import Int8For
-from sopdeploy.checkpoint import load_plain, read_checkpoint
 from sopdeploy.training.results import FewShotResult, LoopResult
-from sopdeploy_commands.bundles.verify import verify
+from sopdeploy.weights.checkpoint import load_plain, read_checkpoint
+from sopdeploy_commands.verify import verify
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from sopdeploy.errors import ConfigError, SopdeployError
-from sopdeploy_commands.bulk.output import OutputFolder
-from sopdeploy_commands.promotion import promote as promoting
-from sopdeploy_commands.promotion.promote import promote
-from tests.sopdeploy.test_file_systems import NO_LINKS, NO_LOCKS, failing
+from sopdeploy_commands import promote as promoting
+from sopdeploy_commands.classify.output import OutputFolder
+from sopdeploy_commands.promote import promote
+from tests.sopdeploy.base.test_file_systems import NO_LINKS, NO_LOCKS, failing
 
 
 def run(folder: Path, _bundle: Path) -> None:

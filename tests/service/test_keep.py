@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sopdeploy import files
+from sopdeploy.base import files
+from sopdeploy.bundle.decision import Decision, Rejection
 from sopdeploy.bundle.folder import Bundle, open_bundle
-from sopdeploy.decision import Decision, Rejection
+from sopdeploy.data.photos.kept import LABEL_CONFIG, NOT_OURS, SAMPLED
 from sopdeploy.errors import StorageError
 from sopdeploy.images.metadata import copy_without_metadata
-from sopdeploy.photos.kept import LABEL_CONFIG, NOT_OURS, SAMPLED
 from sopdeploy_service import keep
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.keep import Keeper, KeptResult, reasons_to_keep

@@ -26,24 +26,24 @@ import pytest
 import torch
 
 import sopdeploy
+from sopdeploy.base.config import OLDEST
+from sopdeploy.base.files import MANIFEST
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import ID_LENGTH, Manifest, to_json
-from sopdeploy.checkpoint import build_classifier, load_plain, read_checkpoint
-from sopdeploy.config import OLDEST
 from sopdeploy.errors import (
     BundleError,
     CheckpointError,
     ConfigError,
     SopdeployError,
 )
-from sopdeploy.files import MANIFEST
 from sopdeploy.training.loop import run as loop_run
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import train_recipe, train_run
-from sopdeploy_commands.bulk import classifier, output
-from sopdeploy_commands.bulk.options import ClassifyOptions
-from sopdeploy_commands.bulk.run import Classified, classify
-from sopdeploy_commands.bundles.verify import verify
+from sopdeploy.weights.checkpoint import build_classifier, load_plain, read_checkpoint
+from sopdeploy_commands.classify import classifier, output
+from sopdeploy_commands.classify.options import ClassifyOptions
+from sopdeploy_commands.classify.run import Classified, classify
+from sopdeploy_commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import blocks
 from tests.formats.write import OVERRIDES

@@ -18,31 +18,31 @@ import pydantic
 import pytest
 import torch
 
+from sopdeploy.base.config import MAX_ITEMS, StrictModel, first_problem, parse_toml, shown
+from sopdeploy.base.names import read_labels
 from sopdeploy.bundle.golden import GoldenIndex
 from sopdeploy.bundle.live import read_log
 from sopdeploy.bundle.manifest import Manifest
-from sopdeploy.checkpoint import (
+from sopdeploy.client import encode_images
+from sopdeploy.data.folders.evaluation_images import open_any_images
+from sopdeploy.data.folders.table import read_label_table
+from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.paths import check_is_checkpoint, check_is_weights
+from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.recipe_files import parse_override, recipe_text
+from sopdeploy.weights.checkpoint import (
     Checkpoint,
     load_plain,
     read_checkpoint,
     read_pytorch,
     write_checkpoint,
 )
-from sopdeploy.class_names import read_class_names
-from sopdeploy.client import encode_images
-from sopdeploy.config import MAX_ITEMS, StrictModel, first_problem, parse_toml, shown
-from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
-from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.timm_files import read_hub_config
-from sopdeploy.names import read_labels
-from sopdeploy.paths import check_is_checkpoint, check_is_weights
-from sopdeploy.photos.evaluation_images import open_any_images
-from sopdeploy.photos.table import read_label_table
-from sopdeploy.pickled import distinct_values
-from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.recipe_files import parse_override, recipe_text
-from sopdeploy_commands.bundles.export import read_preprocess
-from sopdeploy_commands.promotion.promote import Promotion
+from sopdeploy.weights.class_names import read_class_names
+from sopdeploy.weights.pickled import distinct_values
+from sopdeploy.weights.timm_files import read_hub_config
+from sopdeploy_commands.export import read_preprocess
+from sopdeploy_commands.promote import Promotion
 from sopdeploy_service.http.api_keys import read_keys
 from sopdeploy_service.runtime.tensorrt_cache import EngineRecord, read_records
 from sopdeploy_service.settings import load_settings
@@ -470,7 +470,7 @@ UNLIMITED = {
     "reproduction/tables.py", "training/recipe_files.py", "few_shot/cache.py",
     "api/web.py",
     # Files of the kernel.
-    "sopdeploy/environment.py", "decoding/child.py", "runtime/device_memory.py", "observability/busy.py",
+    "sopdeploy/base/environment.py", "decoding/child.py", "runtime/device_memory.py", "observability/busy.py",
 }  # fmt: skip
 
 

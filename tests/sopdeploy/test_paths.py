@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from sopdeploy.base.files import GRAPH, LATEST, MANIFEST, POINTER, POINTER_ADVICE, read_text
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import BundleError, SopdeployError
-from sopdeploy.files import GRAPH, LATEST, MANIFEST, POINTER, POINTER_ADVICE, read_text
 from sopdeploy.paths import (
     CHECKPOINT_FORMAT,
     PathKind,

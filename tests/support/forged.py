@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from sopdeploy.base.files import sha256
 from sopdeploy.bundle.folder import MANIFEST, REQUIRED
 from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.manifest import (
@@ -28,7 +29,6 @@ from sopdeploy.bundle.manifest import (
 from sopdeploy.bundle.onnx_root import read_model
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.bundle.publication import publish, seal, staging
-from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.version import __version__
 

@@ -21,7 +21,7 @@ LONGEST_FIRST = (
     *ONE_GROUP_PER_TEST,
     "tests/test_walk.py",
     "tests/attacks/test_certificate.py",
-    "tests/sopdeploy/importers/",
+    "tests/sopdeploy/weights/",
     "tests/test_",
 )
 

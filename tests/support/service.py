@@ -19,11 +19,11 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
+from sopdeploy.base.project import utc_now
+from sopdeploy.bundle.decision import Decision
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.manifest import FileRecord, to_json
-from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.project import utc_now
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import ModelRegistry

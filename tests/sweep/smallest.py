@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sopdeploy.backbones.efficientnet import EfficientNet
+from sopdeploy.models.backbones.efficientnet import EfficientNet
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.pooled import SecondOrderEfficientNet
 from sopdeploy.models.registry import CATALOG

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sopdeploy.bundle.manifest import BatchRange, Precision
-from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop.losses import training_loss
+from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 from sopdeploy_export.capture.deployed import (
     Deployed,
     export_images,

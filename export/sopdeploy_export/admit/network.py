@@ -14,11 +14,11 @@ from torch.optim.swa_utils import AveragedModel
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from sopdeploy.backbones.base import Backbone
+from sopdeploy.base.environment import memory_limit
 from sopdeploy.bundle.manifest import Precision
-from sopdeploy.environment import memory_limit
 from sopdeploy.errors import CertificateError, LoweringError, NoMemoryError
 from sopdeploy.layers.export_hints import export_hints
+from sopdeploy.models.backbones.base import Backbone
 from sopdeploy.models.base import is_in
 from sopdeploy_export.admit.parts import match_parts
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS

@@ -5,9 +5,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from sopdeploy.base.nearest import did_you_mean
 from sopdeploy.errors import DetachError
 from sopdeploy.models.base import is_in
-from sopdeploy.nearest import did_you_mean
 from sopdeploy_export.network import modules, tensors
 
 

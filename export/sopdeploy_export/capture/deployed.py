@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
+from sopdeploy.models.backbones.base import Backbone
 from sopdeploy_export.network import DEPTH, modules, tensors, unstored_buffers
 
 STATELESS = "an exported network must be stateless"

@@ -19,8 +19,8 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.sym_node import SymNode
 
+from sopdeploy.base.environment import garbage_kept
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.environment import garbage_kept
 from sopdeploy.errors import LoweringError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import ExportHints

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 from PIL import Image
 
+from sopdeploy.base.project import AS_IT_IS, Origin
+from sopdeploy.bundle.decision import Decision
 from sopdeploy.bundle.onnx_root import NO_WEIGHTS
-from sopdeploy.decision import Decision
+from sopdeploy.data.folders.evaluation_images import open_evaluation_images
+from sopdeploy.data.photos.any_images import open_any_images
+from sopdeploy.data.photos.copies import connect
+from sopdeploy.data.photos.photo import ImageFiles
 from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.any_images import open_any_images
-from sopdeploy.photos.copies import connect
-from sopdeploy.photos.evaluation_images import open_evaluation_images
-from sopdeploy.photos.photo import ImageFiles
-from sopdeploy.project import AS_IT_IS, Origin
 from sopdeploy_export.capture.deployed import INPUT, evenly_spread
 from sopdeploy_export.lower.precision import Accuracy, PrecisionReport, UserImages
 from sopdeploy_export.options import ExportOptions

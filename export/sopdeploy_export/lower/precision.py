@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from sopdeploy.base.config import StrictModel
 from sopdeploy.bundle.manifest import Int8For, Precision
 from sopdeploy.bundle.onnx_root import num_bytes_of
-from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format

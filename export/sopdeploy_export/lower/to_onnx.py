@@ -35,10 +35,10 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes import InsertTypePromotion, type_promotion
 from torch.utils._pytree import tree_leaves
 
+from sopdeploy.base.environment import garbage_kept
+from sopdeploy.base.files import GRAPH_DATA
 from sopdeploy.bundle.onnx_root import next_offset
-from sopdeploy.environment import garbage_kept
 from sopdeploy.errors import LoweringError
-from sopdeploy.files import GRAPH_DATA
 from sopdeploy_export.admit.network import MAX_GRAPH_BYTES
 from sopdeploy_export.capture.deployed import INPUT
 from sopdeploy_export.capture.failures import (

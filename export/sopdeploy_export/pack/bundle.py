@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from sopdeploy.base.project import utc_now
 from sopdeploy.bundle import publication
 from sopdeploy.bundle.golden import TOLERANCES, write_golden
 from sopdeploy.bundle.manifest import Lineage, Manifest, TensorRecord, to_json
@@ -20,7 +21,6 @@ from sopdeploy.bundle.probes import Probes
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy.models.describe import Counts, Tally, tally
-from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
 from sopdeploy_export.capture.deployed import INPUT
 from sopdeploy_export.network import copy_network

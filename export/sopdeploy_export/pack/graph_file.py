@@ -8,10 +8,10 @@ from typing import NamedTuple
 import onnx
 from onnxruntime import InferenceSession
 
+from sopdeploy.base.files import GRAPH, GRAPH_DATA
 from sopdeploy.bundle.onnx_root import NO_WEIGHTS, onnx_root
 from sopdeploy.bundle.sealed import view_file
 from sopdeploy.errors import LoweringError
-from sopdeploy.files import GRAPH, GRAPH_DATA
 from sopdeploy_export.capture.deployed import output_names
 from sopdeploy_export.lower.accuracy import AccuracyCheck
 from sopdeploy_export.lower.precision import (

@@ -6,8 +6,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from sopdeploy.environment import EXACT_INT8
-from sopdeploy.files import atomic_write, writing
+from sopdeploy.base.environment import EXACT_INT8
+from sopdeploy.base.files import atomic_write, writing
 from sopdeploy.html.report import (
     NO_BREAK_SPACE,
     HtmlReport,

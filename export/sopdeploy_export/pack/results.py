@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from sopdeploy.bundle.decision import Decision
 from sopdeploy.bundle.manifest import Int8For, Manifest, ProofKind, describe_temperature
 from sopdeploy.bundle.second_order import NOTHING, SecondOrder
 from sopdeploy.bundle.statements import Evidence
-from sopdeploy.decision import Decision
 from sopdeploy.errors import shorten
 from sopdeploy.models.describe import Counts
 from sopdeploy_export.lower.precision import Accuracy, PrecisionReport

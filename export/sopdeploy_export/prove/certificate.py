@@ -12,9 +12,9 @@ says which networks were compared. Without a plain network, the proof cannot det
 both compared networks share: frozen buffers, constants and patched methods.
 """
 
+from sopdeploy.base.config import StrictModel
 from sopdeploy.bundle.manifest import PROOFS, OptionalScaling, Precision, ProofKind
 from sopdeploy.bundle.statements import Evidence, Statements
-from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError
 from sopdeploy_export.progress import step
 from sopdeploy_export.prove import file, graphs, images, plain_run, removed

@@ -24,8 +24,8 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from sopdeploy.base.config import StrictModel
 from sopdeploy.bundle.manifest import BatchRange, Precision
-from sopdeploy.config import StrictModel
 from sopdeploy.errors import ParityError, shorten
 from sopdeploy_export.prove.reference import (
     FLOORS,

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sopdeploy.base.config import StrictModel
 from sopdeploy.bundle.manifest import Precision
-from sopdeploy.config import StrictModel
 from sopdeploy.errors import ParityError
 from sopdeploy_export.capture.deployed import Deployed, output_names
 from sopdeploy_export.network import attributes_restored, tensors_converted

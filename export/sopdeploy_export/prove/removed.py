@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from sopdeploy.config import StrictModel
+from sopdeploy.base.config import StrictModel
 from sopdeploy.errors import CertificateError, shorten
 from sopdeploy.models.base import is_in
 from sopdeploy_export.network import modules, tensors

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sopdeploy.base.names import label_problem
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy.names import label_problem
 from sopdeploy_export.admit.network import (
     check_exportable,
     check_size,

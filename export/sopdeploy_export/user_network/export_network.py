@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from sopdeploy.decision import Decision
+from sopdeploy.base.project import check_project_name
+from sopdeploy.bundle.decision import Decision
+from sopdeploy.data.photos.files import check_takes_output
 from sopdeploy.errors import CertificateError, ConfigError, DetachError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.files import check_takes_output
-from sopdeploy.project import check_project_name
 from sopdeploy_export.admit.network import (
     check_tensors,
     check_torch_state,

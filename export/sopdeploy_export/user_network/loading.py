@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.checkpoint import (
+from sopdeploy.base.nearest import did_you_mean
+from sopdeploy.errors import WeightsError, first_line, shorten
+from sopdeploy.paths import check_is_weights
+from sopdeploy.weights.checkpoint import (
     COUNTERS,
     WEIGHTS_ADVICE,
     check_tensors,
@@ -20,9 +23,6 @@ from sopdeploy.checkpoint import (
     read_pytorch,
     without_wrappers,
 )
-from sopdeploy.errors import WeightsError, first_line, shorten
-from sopdeploy.nearest import did_you_mean
-from sopdeploy.paths import check_is_weights
 
 _MAX_PREFIXES = 1_000  # that are tried for a table
 

@@ -11,8 +11,8 @@ import pydantic
 import torch
 from torch import Tensor
 
-from sopdeploy.config import Positive
-from sopdeploy.seeds import derive_seed
+from sopdeploy.base.config import Positive
+from sopdeploy.base.seeds import derive_seed
 from sopdeploy.training.loop.optimizer import AddOverProcesses, CurvatureOptimizer, Parameters
 from sopdeploy.training.loop_settings import Betas, RegisteredOptimizer
 

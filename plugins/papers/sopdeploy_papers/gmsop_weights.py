@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sopdeploy.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
-from sopdeploy.checkpoint import check_tensors
-from sopdeploy.config import FieldValues
-from sopdeploy.environment import import_optional
+from sopdeploy.base.config import FieldValues
+from sopdeploy.base.environment import import_optional
+from sopdeploy.base.files import BLOCK_BYTES
 from sopdeploy.errors import WeightsError
-from sopdeploy.files import BLOCK_BYTES
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.conversion import ConvertedWeights, Importer, WeightFile
+from sopdeploy.models.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
 from sopdeploy.models.registry import CATALOG
+from sopdeploy.weights.checkpoint import check_tensors
+from sopdeploy.weights.conversion import ConvertedWeights, Importer, WeightFile
 
 # A layer of the released networks, our name of it, and that of its batch norm; our numbers are
 # one lower.

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sopdeploy.base.seeds import derive_seed
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import TrainingOutput
 from sopdeploy.models.registry import create_model
-from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop.losses import Teacher, training_loss
 from sopdeploy.training.loop_settings import TeacherConfig
 

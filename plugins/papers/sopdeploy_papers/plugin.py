@@ -1,7 +1,6 @@
 """The names that this package adds to sopdeploy; what they stand for is imported when it is used."""
 
-from sopdeploy.models.registry import Entry
-from sopdeploy.plugins import (
+from sopdeploy.base.plugins import (
     FIRST_BYTES,
     IMPORTERS,
     JOINT,
@@ -10,6 +9,7 @@ from sopdeploy.plugins import (
     POOLINGS,
     TEACHERS,
 )
+from sopdeploy.models.registry import Entry
 
 _POOLINGS = {
     "cbp": "sketch:CompactBilinearConfig",

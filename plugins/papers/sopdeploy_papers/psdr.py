@@ -16,9 +16,7 @@ from typing import Annotated, Literal
 import pydantic
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import initialize
-from sopdeploy.backbones.resnet import ResNet, ResNetConfig
-from sopdeploy.config import Count, NonNegative
+from sopdeploy.base.config import Count, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import (
@@ -27,6 +25,8 @@ from sopdeploy.layers.pooling.base import (
     GlobalPooling,
     dimension_reduction,
 )
+from sopdeploy.models.backbones.base import initialize
+from sopdeploy.models.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.models.base import Classifier
 
 

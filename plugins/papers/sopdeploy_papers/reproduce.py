@@ -3,9 +3,9 @@
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from sopdeploy.base.environment import is_main_process
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, out, plain_text, print_table, say
-from sopdeploy.environment import is_main_process
 from sopdeploy.errors import TrainingError, shorten
 from sopdeploy_papers.reproduction.tables import (
     PrintedTable,

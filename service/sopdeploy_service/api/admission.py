@@ -20,7 +20,7 @@ import pydantic
 from fastapi import Request, Response
 from starlette.types import Receive
 
-from sopdeploy.config import describe_problem
+from sopdeploy.base.config import describe_problem
 from sopdeploy.images.occlusion import IMAGES_PER_MAP
 from sopdeploy.images.signatures import FIRST_BYTES
 from sopdeploy_service.http.forms import parse_form

@@ -7,10 +7,10 @@ from weakref import WeakKeyDictionary
 from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from sopdeploy.base.config import StrictModel, count_parts, parse_json
 from sopdeploy.bundle.folder import CARD, Bundle
+from sopdeploy.bundle.http_api import CardQuery, ModelInfo, PredictedShares, ServerInfo
 from sopdeploy.bundle.manifest import CERTIFICATE, EMBEDDING
-from sopdeploy.config import StrictModel, count_parts, parse_json
-from sopdeploy.http_api import CardQuery, ModelInfo, PredictedShares, ServerInfo
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.problems import describe_statuses
 from sopdeploy_service.inference.model import Model, State

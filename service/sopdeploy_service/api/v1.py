@@ -7,10 +7,16 @@ from typing import Annotated, Any, TypeAlias
 import orjson
 from fastapi import APIRouter, Query, Request, Response
 
+from sopdeploy.base.config import StrictModel
+from sopdeploy.base.names import class_problem
+from sopdeploy.bundle.http_api import (
+    Classes,
+    ClassifyQuery,
+    EmbedQuery,
+    EncodedEmbedding,
+    Problem,
+)
 from sopdeploy.bundle.manifest import EMBEDDING
-from sopdeploy.config import StrictModel
-from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding, Problem
-from sopdeploy.names import class_problem
 from sopdeploy_service.api.admission import (
     AdmittedRequest,
     ClassifyRequest,

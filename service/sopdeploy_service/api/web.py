@@ -24,12 +24,12 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import RedirectResponse
 from starlette.types import Receive, Scope, Send
 
-from sopdeploy.config import StrictModel
+from sopdeploy.base.config import StrictModel
+from sopdeploy.base.files import read_file
+from sopdeploy.data.photos.files import data_folder, list_images, naming_all_undecodable
 from sopdeploy.errors import DataError
-from sopdeploy.files import read_file
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, describe_formats, missing_extra
 from sopdeploy.images.signatures import HEAD_BYTES, SUFFIXES, media_type_of
-from sopdeploy.photos.files import data_folder, list_images, naming_all_undecodable
 from sopdeploy_service.api.admission import json_response
 from sopdeploy_service.http.middleware import PAGE_FILES, RequestContext
 

@@ -21,8 +21,8 @@ from fastapi import FastAPI
 from prometheus_client import generate_latest
 from uvicorn.loops.auto import auto_loop_factory
 
+from sopdeploy.base.environment import exit_process
 from sopdeploy.bundle.sealed import map_memory, read_memory
-from sopdeploy.environment import exit_process
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.app import create_app
 from sopdeploy_service.devices import control

@@ -21,10 +21,10 @@ from typing import Annotated, TypeAlias
 import pydantic
 from prometheus_client import Gauge
 
-from sopdeploy.config import StrictModel, first_problem, matching, parse_toml
+from sopdeploy.base.config import StrictModel, first_problem, matching, parse_toml
+from sopdeploy.base.file_systems import locked_folder, set_mode, set_owner
+from sopdeploy.base.files import atomic_write, read_text, writing
 from sopdeploy.errors import ConfigError, SopdeployError
-from sopdeploy.file_systems import locked_folder, set_mode, set_owner
-from sopdeploy.files import atomic_write, read_text, writing
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.load_time import finish_in_time
 from sopdeploy_service.inference.results import HttpError, RejectedError

@@ -12,10 +12,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from sopdeploy.config import describe_problem
-from sopdeploy.http_api import Problem
+from sopdeploy.base.config import describe_problem
+from sopdeploy.base.nearest import ask_for, did_you_mean
+from sopdeploy.bundle.http_api import Problem
 from sopdeploy.images.formats import too_large_error
-from sopdeploy.nearest import ask_for, did_you_mean
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 PROBLEM_JSON = "application/problem+json"

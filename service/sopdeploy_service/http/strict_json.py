@@ -12,7 +12,7 @@ from typing import TypeVar
 import orjson
 import pydantic
 
-from sopdeploy.config import first_problem
+from sopdeploy.base.config import first_problem
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.inference.results import HttpError, RejectedError
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
+from sopdeploy.base.files import has_manifest
 from sopdeploy.bundle.folder import (
     Bundle,
     follow_link,
@@ -19,7 +20,6 @@ from sopdeploy.bundle.folder import (
 from sopdeploy.bundle.listing import describe_projects, list_bundles
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError, ConfigError
-from sopdeploy.files import has_manifest
 from sopdeploy.paths import describe_wrong
 
 # Reads a bundle: its name in the server, its folder, its manifest

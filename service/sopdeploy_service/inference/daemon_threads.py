@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from sopdeploy.environment import DAEMON_THREAD
+from sopdeploy.base.environment import DAEMON_THREAD
 
 _Result = TypeVar("_Result")
 

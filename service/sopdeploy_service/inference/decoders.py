@@ -27,7 +27,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
-from sopdeploy.environment import memory_limit
+from sopdeploy.base.environment import memory_limit
 from sopdeploy.errors import ImageError
 from sopdeploy.images.cost import Cost, estimate_cost
 from sopdeploy.images.formats import detect_format, empty_error

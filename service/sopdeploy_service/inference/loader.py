@@ -20,6 +20,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.base.plugins import RUNTIMES
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.onnx_root import check_graph_and_certificate
 from sopdeploy.bundle.probes import (
@@ -34,7 +35,6 @@ from sopdeploy.bundle.probes import (
 from sopdeploy.bundle.signing import check_signature, read_signature, signature_path
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy.images.limits import describe_formats, missing_extra
-from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.load_time import finish_in_time, wait_in_time
 from sopdeploy_service.runtime.base import (

@@ -28,9 +28,9 @@ from typing import TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.base.environment import WORKER_THREAD
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.bundle.probes import Outputs
-from sopdeploy.environment import WORKER_THREAD
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model import ImageResult, Model, RuntimeFacts, settle

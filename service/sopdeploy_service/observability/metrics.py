@@ -13,8 +13,8 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
+from sopdeploy.bundle.decision import Answer
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.decision import Answer
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.observability.busy import WINDOW as BUSY_WINDOW
 from sopdeploy_service.observability.busy import BusyShare

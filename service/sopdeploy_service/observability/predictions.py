@@ -9,7 +9,7 @@ from collections import Counter as Counts
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from sopdeploy.http_api import PredictedShares
+from sopdeploy.bundle.http_api import PredictedShares
 
 DAY = 24  # hours
 DAYS_BEFORE = 7

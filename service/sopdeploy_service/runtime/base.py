@@ -8,10 +8,10 @@ from typing import ClassVar, Protocol, TypeAlias, get_args, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.base.plugins import RUNTIMES
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError
-from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.settings import Settings
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from sopdeploy.plugins import RUNTIMES
+from sopdeploy.base.plugins import RUNTIMES
 from sopdeploy_service.settings import Settings
 
 if TYPE_CHECKING:

@@ -14,16 +14,16 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle
-from sopdeploy.environment import (
+from sopdeploy.base.environment import (
     EXACT_INT8,
     SLOW_INT8,
     import_optional,
     lacks_vnni,
     usable_cores,
 )
+from sopdeploy.base.files import GRAPH, GRAPH_DATA
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy.files import GRAPH, GRAPH_DATA
 from sopdeploy_service.runtime.base import (
     OwnRuntime,
     is_out_of_memory,

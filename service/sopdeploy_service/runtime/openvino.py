@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.base.environment import import_optional, lacks_vnni, usable_cores
+from sopdeploy.base.files import GRAPH, GRAPH_DATA
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.environment import import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy.files import GRAPH, GRAPH_DATA
 from sopdeploy_service.runtime.base import OwnRuntime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings

@@ -19,12 +19,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
+from sopdeploy.base.config import Count, NonNegative, StrictModel, matching
+from sopdeploy.base.files import MAX_TEXT_BYTES, atomic_write, read_file, writing
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange, Sha256, to_json
 from sopdeploy.bundle.probes import Replay
-from sopdeploy.config import Count, NonNegative, StrictModel, matching
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import MAX_TEXT_BYTES, atomic_write, read_file, writing
 from sopdeploy.paths import MAX_WEIGHTS_BYTES
 
 _FOLDER = "engines"

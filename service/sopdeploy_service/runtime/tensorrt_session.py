@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.base.environment import import_optional
 from sopdeploy.bundle.manifest import Manifest, TensorRecord
-from sopdeploy.environment import import_optional
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.tensorrt_cache import EngineKey, Gpu, profile_index
 

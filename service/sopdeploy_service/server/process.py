@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sopdeploy.base.environment import usable_cores
 from sopdeploy.bundle.folder import Bundle, read_files
 from sopdeploy.bundle.manifest import Manifest
-from sopdeploy.environment import usable_cores
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.bundle_store import find_bundles, links_among
 from sopdeploy_service.inference.load_time import wait_in_time

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.config import Count, StrictModel
+from sopdeploy.base.config import Count, StrictModel
 from sopdeploy.layers.covariance import at_least_float32, without_autocast
 from sopdeploy.layers.export_hints import ExportHints
 

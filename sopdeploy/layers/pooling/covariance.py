@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.config import Count
+from sopdeploy.base.config import Count
 from sopdeploy.errors import TrainingError
 from sopdeploy.layers.covariance import TriangleIndices, covariance_matrix
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import pydantic
 
-from sopdeploy.config import with_registered
+from sopdeploy.base.config import with_registered
+from sopdeploy.base.plugins import POOLINGS
 from sopdeploy.layers.pooling.base import FlattenConfig, GapConfig, PoolingConfig
 from sopdeploy.layers.pooling.bilinear import (
     BilinearConfig,
@@ -20,7 +21,6 @@ from sopdeploy.layers.pooling.covariance import (
     LogEuclideanConfig,
     MpnCovConfig,
 )
-from sopdeploy.plugins import POOLINGS
 
 AnyPoolingConfig = (
     GapConfig

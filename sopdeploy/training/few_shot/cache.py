@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from sopdeploy.environment import installed
-from sopdeploy.files import features_folder, read_checked, write_checked
+from sopdeploy.base.environment import installed
+from sopdeploy.base.files import features_folder, read_checked, write_checked
+from sopdeploy.data.photos.copies import SMALL
 from sopdeploy.models.second_order_head import POOLED_HEAD, SecondOrderHead
-from sopdeploy.photos.copies import SMALL
 from sopdeploy.training.head_settings import FeatureSettings
 
 Entry = list[NDArray[Any]]

@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
+from sopdeploy.base.seeds import derive_seed
+from sopdeploy.data.photos.clips import Clips, clips_of_images
+from sopdeploy.data.photos.copies import NO_PAIRS, NearDuplicates, connect, find_near_duplicates
+from sopdeploy.data.photos.kept import is_kept_as_unsure
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.evaluation.decision_fit import MIN_COSINES
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.models.base import Classifier
-from sopdeploy.photos.clips import Clips, clips_of_images
-from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, find_near_duplicates
-from sopdeploy.photos.kept import is_kept_as_unsure
-from sopdeploy.photos.photo import LabeledImages
-from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.classifier import LinearProblem
 from sopdeploy.training.few_shot.features import (
     CachedNetwork,

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sopdeploy.data.photos.copies import Groups
+from sopdeploy.data.photos.photo import ImageFiles, LabeledImages
 from sopdeploy.errors import DataError
-from sopdeploy.importers.published import find_lite_weights
-from sopdeploy.photos.copies import Groups
-from sopdeploy.photos.photo import ImageFiles, LabeledImages
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.classifier import unit_length
 from sopdeploy.training.few_shot.features import CachedNetwork, full_head
 from sopdeploy.training.few_shot.groups import group_by_features
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import create_initial_model
+from sopdeploy.weights.published import find_lite_weights
 
 
 def has_default_weights() -> bool:

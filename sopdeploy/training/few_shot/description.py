@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.data.photos.copies import number_classes
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
-from sopdeploy.photos.copies import number_classes
-from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.checkpoints import Setup
 from sopdeploy.training.few_shot.cross_validation import (
     CrossValidation,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg import solve
 
-from sopdeploy.decision import Activation
+from sopdeploy.bundle.decision import Activation
 from sopdeploy.training.few_shot.targets import Array
 
 SHRINKAGE = 0.1  # share of the identity in the covariance; 0.03 to 0.2 are as good

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from sopdeploy.base.seeds import derive_seed
 from sopdeploy.data.batches import load_batches
+from sopdeploy.data.photos.copies import SMALL, shrink
+from sopdeploy.data.photos.network_inputs import Dataset
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
-from sopdeploy.photos.copies import SMALL, shrink
-from sopdeploy.photos.network_inputs import Dataset
-from sopdeploy.photos.photo import LabeledImages
-from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
 from sopdeploy.training.few_shot.classifier import (
     MAX_RANK,

@@ -9,16 +9,16 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from sopdeploy.errors import DataError
-from sopdeploy.models.base import Classifier
-from sopdeploy.photos.copies import (
+from sopdeploy.data.photos.copies import (
     MAX_COMPARED,
     Grouped,
     connect,
     find_near_duplicates,
     group_photographs,
 )
-from sopdeploy.photos.photo import LabeledImages
+from sopdeploy.data.photos.photo import LabeledImages
+from sopdeploy.errors import DataError
+from sopdeploy.models.base import Classifier
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.features import CachedNetwork, average_views, full_head
 from sopdeploy.training.head_settings import FeatureSettings

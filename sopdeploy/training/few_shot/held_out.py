@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sopdeploy.data.photos.copies import NO_PAIRS, connect, find_near_duplicates
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.models.second_order_head import SecondOrderHead
-from sopdeploy.photos.copies import NO_PAIRS, connect, find_near_duplicates
-from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.few_shot.features import CachedNetwork, Features, average_views
 from sopdeploy.training.few_shot.targets import Array
 

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.checkpoint import Checkpoint
-from sopdeploy.decision import Decision, sigmoid
+from sopdeploy.bundle.decision import Decision, sigmoid
+from sopdeploy.data.photos.file_checks import describe_contradictions
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.evaluation.decision_fit import (
     explain_missing_threshold,
     fit_decision,
@@ -34,8 +35,6 @@ from sopdeploy.evaluation.prediction import (
     predict_unknown,
 )
 from sopdeploy.models.second_order_head import PooledHead, SecondOrderHead, head_name
-from sopdeploy.photos.file_checks import describe_contradictions
-from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Position, Setup, run_record
 from sopdeploy.training.diagnostics import EpochRow
@@ -67,6 +66,7 @@ from sopdeploy.training.few_shot.targets import Array, Targets
 from sopdeploy.training.head_settings import FeatureSettings, HeadOptions
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import LOOP_INSTEAD
+from sopdeploy.weights.checkpoint import Checkpoint
 
 
 def fit_few_shot(

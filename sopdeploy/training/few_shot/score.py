@@ -5,7 +5,7 @@ Letters: N images, K classes.
 
 import numpy as np
 
-from sopdeploy.decision import Activation
+from sopdeploy.bundle.decision import Activation
 from sopdeploy.evaluation.metrics import Rate, effective_count, wilson
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.training.few_shot.targets import MIN_FOLDS, Array, Indices, count_groups

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.training.checkpoints import (
     Fit,
     Setup,
@@ -19,6 +18,7 @@ from sopdeploy.training.checkpoints import (
     state_errors,
 )
 from sopdeploy.training.results import read_result
+from sopdeploy.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from sopdeploy.decision import Activation
+from sopdeploy.bundle.decision import Activation
+from sopdeploy.data.photos.copies import number_classes
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.errors import DataError
-from sopdeploy.photos.copies import number_classes
-from sopdeploy.photos.photo import LabeledImages
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]

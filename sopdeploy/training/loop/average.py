@@ -8,7 +8,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from sopdeploy.environment import import_optional
+from sopdeploy.base.environment import import_optional
 from sopdeploy.errors import MissingPackageError
 from sopdeploy.models.base import Classifier
 

@@ -5,8 +5,8 @@ import math
 import torch
 from torch.nn.utils import get_total_norm
 
+from sopdeploy.base.seeds import derive_seed
 from sopdeploy.data.batches import Batch
-from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop.losses import Loss, sum_losses, training_loss
 from sopdeploy.training.loop.optimizer import CurvatureOptimizer
 from sopdeploy.training.loop.state import FinishedStep, LoopState

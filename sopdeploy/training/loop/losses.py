@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.decision import Activation
+from sopdeploy.base.files import expand_user
+from sopdeploy.base.plugins import JOINT, TEACHERS
+from sopdeploy.bundle.decision import Activation
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import classification_loss
-from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import images_format
 from sopdeploy.models.base import Classifier, TrainingOutput
-from sopdeploy.plugins import JOINT, TEACHERS
 from sopdeploy.training.loop_settings import TeacherConfig
+from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 
 
 class Loss(NamedTuple):

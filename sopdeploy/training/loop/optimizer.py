@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sopdeploy.environment import import_optional
+from sopdeploy.base.environment import import_optional
 from sopdeploy.errors import MissingPackageError
 from sopdeploy.training.loop_settings import (
     OptimizerSettings,

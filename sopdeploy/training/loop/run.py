@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.bundle.decision import Decision
 from sopdeploy.data.augment import AugmentedDataset
 from sopdeploy.data.batches import Loader, load_batches, shuffled_batches
-from sopdeploy.decision import Decision
+from sopdeploy.data.photos.network_inputs import PreprocessedDataset
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate, effective_count
 from sopdeploy.evaluation.prediction import (
@@ -21,8 +22,6 @@ from sopdeploy.evaluation.prediction import (
     predict_unknown,
 )
 from sopdeploy.models.base import Classifier
-from sopdeploy.photos.network_inputs import PreprocessedDataset
-from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Fit, run_record, with_result
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
@@ -36,6 +35,7 @@ from sopdeploy.training.loop.state import (
 )
 from sopdeploy.training.results import LoopResult, SelectedBy
 from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 
 _NUM_RESAMPLES = 1000
 Finish = Callable[

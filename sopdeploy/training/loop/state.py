@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sopdeploy.checkpoint import Checkpoint, parse_checkpoint, plain_content
+from sopdeploy.bundle.decision import Activation
 from sopdeploy.data.augment import Augmentations
-from sopdeploy.decision import Activation
 from sopdeploy.errors import ConfigError, TrainingError, first_line
 from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize, images_format
@@ -39,6 +38,7 @@ from sopdeploy.training.loop_settings import StartConfig, StepSettings, UpdateSe
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.setup import find_images_format, move_to_device
 from sopdeploy.training.start_weights import classifier_name
+from sopdeploy.weights.checkpoint import Checkpoint, parse_checkpoint, plain_content
 
 # Key in `last.pt` of a checkpoint: the fit of the frozen network from which the loop started.
 FROZEN = "frozen"

@@ -16,10 +16,9 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from sopdeploy.bundle.decision import Calibration, Decision
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.checkpoint import Checkpoint, write_checkpoint
-from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import (
     CertificateError,
     CheckpointError,
@@ -28,8 +27,9 @@ from sopdeploy.errors import (
     RuntimeUnavailableError,
 )
 from sopdeploy.models.base import Classifier
-from sopdeploy_commands.bundles.engine_builder.from_program import build_from_program
-from sopdeploy_commands.bundles.export import engine
+from sopdeploy.weights.checkpoint import Checkpoint, write_checkpoint
+from sopdeploy_commands.engine.from_program import build_from_program
+from sopdeploy_commands.export import engine
 from sopdeploy_export.options import EngineOptions, ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint, rebuild_program

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from sopdeploy.backbones import resnet
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
+from sopdeploy.models.backbones import resnet
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.capture.program import NETWORK_PREFIX, capture_any_batch

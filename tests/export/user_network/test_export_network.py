@@ -24,7 +24,7 @@ from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import LoweringError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
-from sopdeploy_commands.bundles.verify import verify
+from sopdeploy_commands.verify import verify
 from sopdeploy_export.admit.network import check_tensor
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.user_network.admission import unused_modules

@@ -16,7 +16,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy_commands.bundles.verify import verify
+from sopdeploy_commands.verify import verify
 from sopdeploy_export.admit.network import prepared
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.user_network.admission import fit_channels, unused_modules

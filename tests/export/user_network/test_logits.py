@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from sopdeploy.base.files import GRAPH
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import LoweringError, SopdeployError
-from sopdeploy.files import GRAPH
 from sopdeploy_commands.app import app
 from sopdeploy_export.admit.outputs import check_logits
 from sopdeploy_export.capture.deployed import generated_images

@@ -13,12 +13,12 @@ import scipy.io
 import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.importers.conversion import choose_config, fit_tensors
-from sopdeploy.importers.import_weights import convert_weights, open_weights
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import create_model
 from sopdeploy.paths import check_is_weights
-from tests.sopdeploy.importers.released import (
+from sopdeploy.weights.conversion import choose_config, fit_tensors
+from sopdeploy.weights.import_weights import convert_weights, open_weights
+from tests.sopdeploy.weights.released import (
     AVERAGE,
     RELEASED,
     Net,

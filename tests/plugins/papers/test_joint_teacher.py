@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sopdeploy import plugins
-from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.base import plugins
 from sopdeploy.errors import ConfigError
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import train_recipe
+from sopdeploy.weights.checkpoint import read_checkpoint
 from tests.sopdeploy.training.distributed.cases import build_recipe, learn
 from tests.sopdeploy.training.distributed.processes import run_in_processes
 from tests.sopdeploy.training.runs import interrupt, one_process_run, same_run, short_recipe

@@ -20,18 +20,19 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import sopdeploy
-from sopdeploy import describe, plugins
+from sopdeploy import describe
+from sopdeploy.base import plugins
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.published import published_network
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.layers.pooling.base import GlobalPooling, unit_signed_root
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.start_weights import StartWeights, load_start_weights
+from sopdeploy.weights.checkpoint import Checkpoint, build_classifier, read_checkpoint
+from sopdeploy.weights.published import published_network
 from sopdeploy_commands.app import app
 from sopdeploy_papers.poolings.dropcov import DropCov
 from sopdeploy_papers.poolings.low_rank import LowRankClassifier, ReducedBilinear

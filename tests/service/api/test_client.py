@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from sopdeploy.http_api import Classes
+from sopdeploy.bundle.http_api import Classes
 from sopdeploy.images.decode import decode
 from tests.support.service import LABELS, picture_bytes
 

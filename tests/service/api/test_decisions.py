@@ -10,17 +10,17 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from sopdeploy.bundle.decision import Decision, Rejection, log_sum_exp
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.client import Client
-from sopdeploy.decision import Decision, Rejection, log_sum_exp
 from sopdeploy.errors import BundleError
 from sopdeploy.images.decode import decode
 from sopdeploy.training.train import train_recipe
+from sopdeploy.weights.checkpoint import read_checkpoint
 from sopdeploy_commands.app import app
-from sopdeploy_commands.bundles.predict import predict
-from sopdeploy_commands.bundles.scores import scores_of_bundle
+from sopdeploy_commands.predict import predict
+from sopdeploy_commands.scores import scores_of_bundle
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint

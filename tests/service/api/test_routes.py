@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from sopdeploy.files import read_file
+from sopdeploy.base.files import read_file
 from sopdeploy.images.limits import describe_formats
-from sopdeploy_commands.bundles.predict import predict
+from sopdeploy_commands.predict import predict
 from sopdeploy_service.api import web
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX

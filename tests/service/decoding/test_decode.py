@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCrop, RandomSide
+from sopdeploy.data.folders.evaluation_images import open_evaluation_images
+from sopdeploy.data.photos.network_inputs import PreprocessedDataset
+from sopdeploy.data.photos.photo import ArrayImages
 from sopdeploy.errors import ImageError
 from sopdeploy.images.decode import decode
 from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.evaluation_images import open_evaluation_images
-from sopdeploy.photos.network_inputs import PreprocessedDataset
-from sopdeploy.photos.photo import ArrayImages
-from sopdeploy_commands.bundles import predict as predict_command
+from sopdeploy_commands import predict as predict_command
 from sopdeploy_export.lower.accuracy import calibration_images
 from sopdeploy_service.decoding.child import receive
 from sopdeploy_service.inference.loader import LoadedModel

@@ -19,8 +19,8 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from sopdeploy.bundle.decision import Decision, Rejection
 from sopdeploy.bundle.sealed import read_memory
-from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control, device_server, processes, supervisor, template
 from sopdeploy_service.devices.control import Status

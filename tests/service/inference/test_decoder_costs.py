@@ -5,7 +5,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from sopdeploy import environment
+from sopdeploy.base import environment
 from sopdeploy.images.cost import estimate_cost
 from sopdeploy.images.limits import MAX_PIXELS
 from sopdeploy.images.preprocess import Preprocess

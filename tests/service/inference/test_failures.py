@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from sopdeploy.decision import softmax
+from sopdeploy.bundle.decision import softmax
 from sopdeploy_commands.app import app
 from sopdeploy_service.api import admission
 from sopdeploy_service.api.v2 import routes
@@ -129,7 +129,7 @@ def test_a_dead_or_hung_runtime_rejects_everything_and_fails_the_health_checks(
 
 def test_an_internal_error_is_a_problem_response(serve_with, jpeg, monkeypatch):
     client = serve_with(FakeRuntime(num_classes=7))
-    monkeypatch.setattr("sopdeploy.decision.Decision.answer", lambda *_: 1 / 0)
+    monkeypatch.setattr("sopdeploy.bundle.decision.Decision.answer", lambda *_: 1 / 0)
     reply = post(client, jpeg)
 
     assert (reply.status_code, reply.json()["code"]) == (500, "internal_error")

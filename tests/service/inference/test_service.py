@@ -16,10 +16,10 @@ import httpx
 import numpy as np
 import pytest
 
+from sopdeploy.base.plugins import RUNTIMES
 from sopdeploy.bundle.folder import Bundle, open_bundle, read_files
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
 from sopdeploy.paths import CHECKPOINT_FORMAT
-from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.inference import load_time, loader, service
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import load_model

@@ -6,7 +6,7 @@ import re
 import pytest
 from prometheus_client import generate_latest
 
-from sopdeploy.decision import Answer, Decision, Rejection
+from sopdeploy.bundle.decision import Answer, Decision, Rejection
 from sopdeploy_service.observability import predictions
 from sopdeploy_service.observability.metrics import MAX_COUNTED_CLASSES, OTHER, Metrics
 from sopdeploy_service.observability.predictions import DailyShares

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sopdeploy import environment
+from sopdeploy.base import environment
+from sopdeploy.base.environment import EXACT_INT8
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.sealed import SealedFile
-from sopdeploy.environment import EXACT_INT8
 from sopdeploy_service.runtime import onnxruntime as runtime
 from sopdeploy_service.runtime.onnxruntime import CPU, OnnxRuntime, session_options
 from sopdeploy_service.settings import Settings

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from sopdeploy.base.files import move_link
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import move_link
-from sopdeploy_commands.promotion.promote import promote
+from sopdeploy_commands.promote import promote
 from sopdeploy_service.app import create_app
 from sopdeploy_service.server import draining_server
 from sopdeploy_service.server.process import run_server

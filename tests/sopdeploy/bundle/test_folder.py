@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from sopdeploy.base.project import Origin
 from sopdeploy.bundle.folder import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -44,7 +45,6 @@ from sopdeploy.bundle.probes import (
 from sopdeploy.bundle.publication import publish, seal, staging
 from sopdeploy.errors import BundleError, ParityError, StorageError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.project import Origin
 from sopdeploy.version import __version__
 from tests.support.forged import FIELDS, LABELS, fill, flip, forge, write_hollow
 from tests.support.strategies import json_values, texts

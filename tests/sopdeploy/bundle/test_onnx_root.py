@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from sopdeploy.base.files import GRAPH_DATA
 from sopdeploy.bundle.onnx_root import hash_parts, read_model
 from sopdeploy.errors import CertificateError
-from sopdeploy.files import GRAPH_DATA
 
 
 def test_lists_of_parts_never_collide() -> None:

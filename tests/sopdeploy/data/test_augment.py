@@ -19,9 +19,9 @@ from sopdeploy.data.augment import (
     RandomResizedCrop,
     RandomSide,
 )
+from sopdeploy.data.photos.photo import ArrayImages
 from sopdeploy.data.timm_augment import RandAugment
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.photo import ArrayImages
 
 RULES = Preprocess(resize=18, crop=16)
 CROPS = [

@@ -12,19 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from sopdeploy.base.seeds import derive_seed
 from sopdeploy.data import batches as data_batches
 from sopdeploy.data.augment import AugmentedDataset, ColorConfig, PadCrop
 from sopdeploy.data.batches import load_batches, shuffled_batches
+from sopdeploy.data.photos import network_inputs
+from sopdeploy.data.photos.file_checks import unreadable_images_error
+from sopdeploy.data.photos.network_inputs import PreprocessedDataset
+from sopdeploy.data.photos.photo import ArrayImages
+from sopdeploy.data.photos.split import hold_out
 from sopdeploy.data.sources import DigitsConfig, open_data
 from sopdeploy.errors import DataError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos import network_inputs
-from sopdeploy.photos.file_checks import unreadable_images_error
-from sopdeploy.photos.network_inputs import PreprocessedDataset
-from sopdeploy.photos.photo import ArrayImages
-from sopdeploy.photos.split import hold_out
-from sopdeploy.seeds import derive_seed
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.support.small_data import jpeg, write_photos

@@ -10,6 +10,8 @@ import pytest
 import torchvision
 from typer.testing import CliRunner
 
+from sopdeploy.data.folders.evaluation_images import class_aliases, open_evaluation_images
+from sopdeploy.data.photos.photo import Split
 from sopdeploy.data.sources import (
     DataConfig,
     DigitsConfig,
@@ -18,12 +20,10 @@ from sopdeploy.data.sources import (
     open_data,
 )
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.photos.evaluation_images import class_aliases, open_evaluation_images
-from sopdeploy.photos.photo import Split
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.recipe_files import list_recipes
 from sopdeploy_commands.app import app
-from sopdeploy_commands.training.request import TrainOptions, configure, read_changes
+from sopdeploy_commands.train_request import TrainOptions, configure, read_changes
 from tests.support.small_data import write_aircraft, write_cifar, write_places
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from sopdeploy.data.folders.check import check_data
+from sopdeploy.data.folders.class_folders import list_classes
+from sopdeploy.data.folders.folder import open_folder
+from sopdeploy.data.photos import files
+from sopdeploy.data.photos.any_images import open_any_images
+from sopdeploy.data.photos.contents import list_contents
+from sopdeploy.data.photos.files import walk
 from sopdeploy.errors import DataError
-from sopdeploy.photos import files
-from sopdeploy.photos.any_images import open_any_images
-from sopdeploy.photos.check import check_data
-from sopdeploy.photos.class_folders import list_classes
-from sopdeploy.photos.contents import list_contents
-from sopdeploy.photos.files import walk
-from sopdeploy.photos.folder import open_folder
-from tests.sopdeploy.photos.test_folder import make, paint
+from tests.sopdeploy.data.folders.test_folder import make, paint
 
 IMAGES = 4  # in every folder that `FOLDERS` makes
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sopdeploy.base.seeds import derive_seed
 from sopdeploy.bundle.golden import draw_jpegs
 from sopdeploy.data.augment import AugmentedDataset, RandomResizedCrop
+from sopdeploy.data.photos.photo import ImageFiles, Photo
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images import decode as module
 from sopdeploy.images.decode import decode
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.pixels import TURNS, center_view, preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.photo import ImageFiles, Photo
-from sopdeploy.seeds import derive_seed
 from tests.support.pictures import chunk
 from tests.support.rooms import ROOT
 
@@ -29,12 +29,12 @@ ALLOWED = {
     "sopdeploy/images/decode.py": "the one way",
     "sopdeploy/images/formats.py": "opens for it",
     "sopdeploy/images/metadata.py": "copies a file without its metadata",
-    "sopdeploy/photos/photo.py": "reads the header",
+    "sopdeploy/data/photos/photo.py": "reads the header",
 }
 FITS = {"preprocess_image"}
 FITS_ALLOWED = {
     "sopdeploy/images/decode.py": "the one way",
-    "sopdeploy/photos/photo.py": "arrays, which are not files",
+    "sopdeploy/data/photos/photo.py": "arrays, which are not files",
 }
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sopdeploy.decision import Decision, sigmoid, softmax
+from sopdeploy.bundle.decision import Decision, sigmoid, softmax
 from sopdeploy.images.occlusion import GRID, IMAGES_PER_MAP, cell_slices, occlude
 from sopdeploy.images.preprocess import Preprocess
 

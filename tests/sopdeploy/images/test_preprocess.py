@@ -17,13 +17,13 @@ from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
+from sopdeploy.data.photos.photo import Photo
 from sopdeploy.errors import ConfigError, DataError, ImageError
 from sopdeploy.images import formats, pixels
 from sopdeploy.images.decode import decode
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.pixels import SIXTEEN_BIT, TURNS, list_changes, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.photo import Photo
 from sopdeploy_service.settings import Settings
 from tests.support.counted import record_images
 from tests.support.pictures import encoded

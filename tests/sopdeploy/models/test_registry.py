@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sopdeploy.backbones import resnet
 from sopdeploy.errors import ConfigError
+from sopdeploy.models.backbones import resnet
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.registry import create_model, entry, list_models, make_config
 from tests.sopdeploy.training.small_recipes import few_blocks

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import sopdeploy
+from sopdeploy.base.plugins import MODELS
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.isqrt_cov import NewtonSchulzConfig
@@ -16,7 +17,6 @@ from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import create_model
 from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead, with_head
 from sopdeploy.models.user_network import register_model
-from sopdeploy.plugins import MODELS
 from tests.export.conftest import save
 from tests.sopdeploy.layers.numerics.all_poolings import textbook_root
 

@@ -17,10 +17,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
-from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.batches import Batch, load_batches
+from sopdeploy.data.photos.photo import LabeledImages, Split
 from sopdeploy.data.sources import open_data
-from sopdeploy.photos.photo import LabeledImages, Split
 from sopdeploy.report.page import write_run_page
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.diagnostics import EpochRow
@@ -29,6 +28,7 @@ from sopdeploy.training.loop.state import LoopState
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.setup import Division, new_setup
 from sopdeploy.training.train import TrainingResult, summarize_run, train_recipe, train_run
+from sopdeploy.weights.checkpoint import read_checkpoint
 
 SHORT = [
     "epochs=3",

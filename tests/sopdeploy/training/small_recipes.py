@@ -2,8 +2,8 @@
 
 import pytest
 
-from sopdeploy.backbones import alexnet_vgg, cifar_resnet, efficientnet, resnet
 from sopdeploy.models import dsop_networks  # noqa: F401 (copies the stages before they are patched)
+from sopdeploy.models.backbones import alexnet_vgg, cifar_resnet, efficientnet, resnet
 
 HEADS = "aux_widths=[8,8,8], iterations=2"
 DSOP = ["model.name=dsop-resnet8", f"model.config={{{HEADS}}}"]

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sopdeploy.data.folders.check import check_data
+from sopdeploy.data.photos.file_checks import leave_out_unreadable
+from sopdeploy.data.photos.photo import ArrayImages, Split, image_errors
 from sopdeploy.errors import DataError, ImageError, amount
-from sopdeploy.photos.check import check_data
-from sopdeploy.photos.file_checks import leave_out_unreadable
-from sopdeploy.photos.photo import ArrayImages, Split, image_errors
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.setup import Setup, set_up_run

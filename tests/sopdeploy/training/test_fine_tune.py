@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 import sopdeploy
-from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.data.folders.libraries import open_digits
+from sopdeploy.data.photos.network_inputs import PreprocessedDataset
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import held_out_metrics, predict_logits
 from sopdeploy.models.base import TrainingOutput, is_in
 from sopdeploy.models.registry import create_model
-from sopdeploy.photos.libraries import open_digits
-from sopdeploy.photos.network_inputs import PreprocessedDataset
-from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.report.wrong_labels import find_wrong_labels
 from sopdeploy.training.checkpoints import read_resumed
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
@@ -34,7 +33,8 @@ from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.recipe_files import recipe_text
 from sopdeploy.training.results import Tuning
 from sopdeploy.training.train import train_recipe
-from sopdeploy_commands.training.train import train
+from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
+from sopdeploy_commands.train import train
 from tests.export.once import proving_once
 from tests.sopdeploy.training.runs import (
     COLORS,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sopdeploy import train
-from sopdeploy.files import LAST
+from sopdeploy.base.files import LAST
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.recipe import Recipe, read_recipe, recipe_file

@@ -17,18 +17,18 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import sopdeploy
-from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
-from sopdeploy.decision import Calibration, Decision
+from sopdeploy.bundle.decision import Calibration, Decision
+from sopdeploy.data.photos.photo import ArrayImages
 from sopdeploy.errors import ConfigError, amount
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training import run_folder
 from sopdeploy.training.results import LIST_WRONG_LABELS, ClassScore, LoopResult, insert_folders
 from sopdeploy.training.summary import training_rows
 from sopdeploy.training.train import describe_problem
+from sopdeploy.weights.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy_commands.app import app
-from sopdeploy_commands.bundles.runs_page import MAX_BEFORE, list_runs, write_runs_page
-from sopdeploy_commands.training.train import print_result
+from sopdeploy_commands.runs_page import MAX_BEFORE, list_runs, write_runs_page
+from sopdeploy_commands.train import print_result
 from tests.support.forged import write_hollow
 
 SMALL = [

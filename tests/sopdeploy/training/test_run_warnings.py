@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.training.callback import Callback, ForwardingCallback, WarningRecord
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.summary import read_summary, training_rows
 from sopdeploy.training.train import TrainingResult
-from sopdeploy_commands.bundles.runs_page import list_runs, read_run
+from sopdeploy.weights.checkpoint import read_checkpoint
+from sopdeploy_commands.runs_page import list_runs, read_run
 from tests.sopdeploy.training.runs import SMALL, RecordingCallback, paint, train_with_page
 
 SETTINGS = {

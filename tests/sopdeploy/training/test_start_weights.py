@@ -20,13 +20,9 @@ import torchvision
 from huggingface_hub import close_session, constants
 from torch import nn
 
-from sopdeploy.checkpoint import load_plain, read_checkpoint
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.import_weights import import_weights
-from sopdeploy.importers.published import PACKAGES
-from sopdeploy.importers.timm_files import LITE
 from sopdeploy.models.registry import create_model
 from sopdeploy.paths import check_is_weights
 from sopdeploy.training.distributed import Strategy
@@ -40,7 +36,11 @@ from sopdeploy.training.start_weights import (
     load_start_weights,
 )
 from sopdeploy.training.train import train_recipe
-from sopdeploy_commands.training.request import TrainOptions, configure, read_changes
+from sopdeploy.weights.checkpoint import load_plain, read_checkpoint
+from sopdeploy.weights.import_weights import import_weights
+from sopdeploy.weights.published import PACKAGES
+from sopdeploy.weights.timm_files import LITE
+from sopdeploy_commands.train_request import TrainOptions, configure, read_changes
 from tests.sopdeploy.training.runs import short_recipe
 
 
@@ -276,7 +276,7 @@ def test_a_package_whose_weights_were_changed_is_refused(server, monkeypatch) ->
 def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(
     server, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("sopdeploy.importers.published.PACKAGES", {})
+    monkeypatch.setattr("sopdeploy.weights.published.PACKAGES", {})
     torch.manual_seed(2)
     given = create_model("efficientnet-lite0").state_dict()
     server.content = safetensors.torch.save(given)

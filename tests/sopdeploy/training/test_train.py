@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 import sopdeploy
 from sopdeploy import create_model
-from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.data.photos.network_inputs import PreprocessedDataset
+from sopdeploy.data.photos.photo import ArrayImages
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.evaluation.decision_fit import fit_decision
@@ -22,12 +23,11 @@ from sopdeploy.evaluation.multi_label import MultiLabelMetrics
 from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.photos.network_inputs import PreprocessedDataset
-from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow, diagnose
 from sopdeploy.training.loop.run import estimate_best
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import TrainingResult, train_recipe
+from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 from tests.sopdeploy.training.runs import (
     SMALL,
     RecordingCallback,

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.base.files import LOCK
+from sopdeploy.data.photos.file_checks import hash_images
 from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
-from sopdeploy.files import LOCK
-from sopdeploy.photos.file_checks import hash_images
 from sopdeploy.training import setup
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.loop import gradient
@@ -22,7 +21,8 @@ from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import open_division
 from sopdeploy.training.train import train_recipe
-from tests.sopdeploy.photos.test_folder import make
+from sopdeploy.weights.checkpoint import read_checkpoint
+from tests.sopdeploy.data.folders.test_folder import make
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.config import Count, Positive
+from sopdeploy.base.config import Count, Positive
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.config import Count
+from sopdeploy.base.config import Count
 from sopdeploy.layers.covariance import TriangleIndices, covariance_matrix
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 

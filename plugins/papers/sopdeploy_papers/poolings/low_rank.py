@@ -13,10 +13,10 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.backbones.alexnet_vgg import VGG, VGGConfig
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling, unit_signed_root
 from sopdeploy.layers.pooling.registry import Pooling
+from sopdeploy.models.backbones.alexnet_vgg import VGG, VGGConfig
 
 Width = Annotated[int, pydantic.Field(ge=1)]
 

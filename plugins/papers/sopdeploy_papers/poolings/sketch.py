@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from sopdeploy.config import Count
+from sopdeploy.base.config import Count
 from sopdeploy.layers.pooling.base import (
     GlobalPooling,
     PoolingConfig,

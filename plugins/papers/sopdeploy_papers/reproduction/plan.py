@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sopdeploy.base.files import BEST
 from sopdeploy.data.augment import PadCrop
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import BEST
-from sopdeploy.importers.published import published_network
 from sopdeploy.models.describe import Counts
 from sopdeploy.models.registry import CatalogModel, make_config
 from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
+from sopdeploy.weights.published import published_network
 from sopdeploy_papers.reproduction.counts import RowFigure, count_figures, describe_network
 from sopdeploy_papers.reproduction.results import SeedResult, mean_error
 from sopdeploy_papers.reproduction.tables import (

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from statistics import mean
 
-from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.config import FieldValues, StrictModel
+from sopdeploy.base.config import FieldValues, StrictModel
 from sopdeploy.evaluation.metrics import wilson
 from sopdeploy.evaluation.prediction import (
     AllHeads,
@@ -20,6 +19,7 @@ from sopdeploy.training.distributed import select_device
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.setup import open_division
 from sopdeploy.training.train import TrainingResult
+from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 
 
 class SeedResult(StrictModel):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pydantic
 
-from sopdeploy.config import first_problem, parse_json
+from sopdeploy.base.config import first_problem, parse_json
+from sopdeploy.base.environment import is_distributed, is_main_process
+from sopdeploy.base.files import MAX_NAMES_BYTES, atomic_write, read_file, writing
 from sopdeploy.data.sources import open_data
-from sopdeploy.environment import is_distributed, is_main_process
 from sopdeploy.errors import ConfigError, SopdeployError, TrainingError
-from sopdeploy.files import MAX_NAMES_BYTES, atomic_write, read_file, writing
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy.training.recipe import Recipe, read_recipe

@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
-from sopdeploy.config import Options, Positive, StrictModel, matching
+from sopdeploy.base.config import Options, Positive, StrictModel, matching
+from sopdeploy.base.nearest import did_you_mean
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import GSOP_RELEASED, CatalogModel, make_config
-from sopdeploy.nearest import did_you_mean
 
 Percent = Annotated[float, pydantic.Field(ge=0, le=100)]
 Column = Literal["params", "gflops", "train_params", "train_gflops", "dim"]

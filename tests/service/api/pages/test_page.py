@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sopdeploy.decision import Decision, Rejection
+from sopdeploy.bundle.decision import Decision, Rejection
 from sopdeploy_service.settings import Settings
 from tests.service.api.pages.conftest import SEND_FILE, done, expected, give, run_snippet, shown
 from tests.support.fake_runtime import FakeRuntime

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sopdeploy.data.batches import shuffled_batches
+from sopdeploy.data.photos.photo import ArrayImages
 from sopdeploy.models.gmsop import GMSOPResNet
-from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.loop.gradient import train_step
 from sopdeploy.training.recipe import Recipe, read_recipe

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sopdeploy.data.photos.network_inputs import PreprocessedDataset
+from sopdeploy.data.photos.photo import ArrayImages
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import ProcessGroup, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
-from sopdeploy.photos.network_inputs import PreprocessedDataset
-from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.distributed import Strategy, check_batch_size
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import check_same_step

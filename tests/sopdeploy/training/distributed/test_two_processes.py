@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy.training.loop import run as loop
 from sopdeploy.training.train import train_recipe
-from tests.sopdeploy.photos.test_folder import make
+from sopdeploy.weights.checkpoint import read_checkpoint
+from tests.sopdeploy.data.folders.test_folder import make
 from tests.sopdeploy.training.distributed.processes import (
     held_port,
     run_in_processes,

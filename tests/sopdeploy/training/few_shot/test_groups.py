@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from sopdeploy.photos.copies import shrink
-from sopdeploy.photos.photo import ArrayImages, LabeledImages
+from sopdeploy.data.photos.copies import shrink
+from sopdeploy.data.photos.photo import ArrayImages, LabeledImages
 from sopdeploy.training.few_shot.default_network import (
     has_default_weights,
     open_default_network,
 )
 from sopdeploy.training.few_shot.features import FeatureBatch
 from sopdeploy.training.few_shot.groups import group_by_features
-from tests.sopdeploy.photos.test_copies import encoded, scene
+from tests.sopdeploy.data.photos.test_copies import encoded, scene
 
 CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "encoded": lambda image: Image.open(io.BytesIO(encoded(image))),

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.published import PACKAGES
 from sopdeploy.models.second_order_head import SecondOrderHead
 from sopdeploy.training.few_shot.default_network import open_default_network
 from sopdeploy.training.few_shot.other_things import read_other_things, store_vectors
 from sopdeploy.training.start_weights import StartReport
+from sopdeploy.weights.published import PACKAGES
 
 DEFAULT = Preprocess(interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 SHA256 = PACKAGES["timm/tf_efficientnet_lite0.in1k"].sha256

@@ -19,9 +19,11 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
-from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
+from sopdeploy.base.project import FolderReading
+from sopdeploy.bundle.decision import Activation, softmax
+from sopdeploy.data.photos.copies import NO_PAIRS, NearDuplicates
+from sopdeploy.data.photos.photo import ArrayImages, ImageFiles, Photo
 from sopdeploy.data.sources import open_data
-from sopdeploy.decision import Activation, softmax
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
@@ -31,9 +33,6 @@ from sopdeploy.evaluation.multi_label import (
     average_precision,
     resampled_precision,
 )
-from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
-from sopdeploy.photos.photo import ArrayImages, ImageFiles, Photo
-from sopdeploy.project import FolderReading
 from sopdeploy.report.wrong_labels import find_wrong_labels, list_wrong_labels
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.distributed import Strategy
@@ -51,8 +50,9 @@ from sopdeploy.training.results import read_result
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import FEW_IMAGES, divide_images, select_procedure, set_up_run
 from sopdeploy.training.train import train_recipe
+from sopdeploy.weights.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy_commands.app import app
-from sopdeploy_commands.training.train import train
+from sopdeploy_commands.train import train
 from tests.sopdeploy.training.runs import (
     COLORS,
     SMALL,

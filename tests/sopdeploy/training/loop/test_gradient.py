@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.augment import (
     COLOR_COMPONENTS,
     COLOR_DEVIATIONS,
@@ -20,15 +19,16 @@ from sopdeploy.data.augment import (
     PadCrop,
 )
 from sopdeploy.data.batches import shuffled_batches
+from sopdeploy.data.photos.network_inputs import PreprocessedDataset
+from sopdeploy.data.photos.photo import ArrayImages
 from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.prediction import evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import TrainingOutput
-from sopdeploy.photos.network_inputs import PreprocessedDataset
-from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.train import train_recipe
+from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 from tests.sopdeploy.training.runs import interrupt, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.augment import Augmentations
 from sopdeploy.data.sources import open_data
 from sopdeploy.training.loop.average import ExponentialMovingAverage
@@ -16,6 +15,7 @@ from sopdeploy.training.loop.optimizer import create_optimizer
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.schedules import Cosine, Milestones, OneCycle
 from sopdeploy.training.train import train_recipe
+from sopdeploy.weights.checkpoint import read_checkpoint
 from tests.sopdeploy.training.runs import same_bits, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.augment import Augmentations, AugmentedDataset, CenterCrop
+from sopdeploy.data.photos.photo import ArrayImages
 from sopdeploy.data.timm_augment import Mixing, RandAugment, RandomErasing, seeded
 from sopdeploy.errors import ConfigError, TrainingError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.loop.gradient import train_step
 from sopdeploy.training.loop.losses import Loss, sum_losses
 from sopdeploy.training.train import train_recipe
+from sopdeploy.weights.checkpoint import read_checkpoint
 from tests.sopdeploy.training.runs import interrupt, one_process_run, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")

@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from sopdeploy import checkpoint as module
-from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.training import run_folder
 from sopdeploy.training.callback import Callback
@@ -24,6 +22,8 @@ from sopdeploy.training.checkpoints import Position
 from sopdeploy.training.loop import state
 from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.train import train_recipe
+from sopdeploy.weights import checkpoint as module
+from sopdeploy.weights.checkpoint import read_checkpoint
 from tests.sopdeploy.training.runs import (
     RecordingCallback,
     deliver,

@@ -1,0 +1,221 @@
+"""`sopdeploy verify`: check a bundle's files and its outputs on this machine."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.base.config import StrictModel, parse_json
+from sopdeploy.bundle.folder import PROBES, Bundle
+from sopdeploy.bundle.golden import check_golden, read_golden
+from sopdeploy.bundle.manifest import describe_temperature
+from sopdeploy.bundle.probes import Probes, Replay, read_probes
+from sopdeploy.bundle.second_order import NOTHING, count_second_order
+from sopdeploy.bundle.statements import Statements, read_statements
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import print_check, print_field
+from sopdeploy.errors import BundleError, amount
+from sopdeploy.images.decode import decode
+from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.runtime.base import translating_errors
+from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
+
+# Fewer are noted; an export generates so many, and leaves out those whose route is undecided
+FEW_PROBES = 4
+WIDE = 0.1  # of the range of an output over the probes; a note says if a tolerance is above it
+ALLOWED_DRIFTS = (
+    2  # tolerance in drifts, if `export --set allow_numerical_error=true` allowed them
+)
+_ROUNDING = 1 + 1e-9
+
+
+class Verification(StrictModel):
+    """The facts of a bundle that passed every check; `notes` say what the checks cannot show.
+
+    `replays` has the deviation and the tolerance of each output by batch size, `golden` the
+    number of examples. `onnx_root` was recomputed from `model.onnx`, and `second_order` says what
+    its graph computes of second order; None and "" if `onnx` is not installed. `logits` says
+    whether they are divided by the temperature; "" without one. `statements` says which statements
+    of the certificate the export proved, and which it measured.
+    """
+
+    bundle: str
+    id: str
+    model: str
+    onnx_root: str | None
+    second_order: str = ""
+    logits: str = ""
+    statements: Statements
+    num_files: int
+    bytes: int
+    runtime: str
+    device: str
+    replays: tuple[Replay, ...]
+    golden: int
+    notes: tuple[str, ...] = ()
+
+
+def _show(result: Verification) -> None:
+    """Print a line for each thing that was checked here, then the notes."""
+    print_check(
+        "files", f"{result.num_files} files, {result.bytes:,} bytes, have the recorded sha256"
+    )
+
+    # What the graph computes of second order, if anything, was counted again.
+    if result.onnx_root is None:
+        reason = "not computed again, because onnx is not installed: pip install onnx"
+        print_check("graph", f"hash {reason}", None)
+    else:
+        computes = f": {result.second_order}" if result.second_order else ""
+        print_check("graph", f"model.onnx has the graph that was exported{computes}")
+
+    # The largest deviation of each output over all batch sizes.
+    batches = " and ".join(str(replay.batch) for replay in result.replays)
+    first = result.replays[0]
+    deviations = [
+        f"{name} differ by at most {max(replay.deviation[name] for replay in result.replays):.2g} "
+        f"(allowed {tolerance:.2g})"
+        for name, tolerance in first.tolerance.items()
+    ]
+    print_check(
+        "outputs",
+        f"{', '.join(deviations)} for {first.num_images} reference images, in batches of {batches}, "
+        f"on {result.runtime}",
+    )
+    if result.golden:
+        files = f"{amount(result.golden, 'JPEG file')} of the bundle"
+        print_check("images", f"{files} decoded to the same pixels, with the same logits")
+
+    for note in result.notes:
+        print_field("note", note, style="bold yellow")
+    print_field("verified", f"{result.bundle}, id {result.id}", style="bold green")
+
+
+@command(_show, examples=("sopdeploy verify bundles/photos-3f6c01d2a4b7",), keys=("runtime",))
+def verify(
+    bundle: str | Path, settings: Settings | None = None, *, runtime: str | None = None
+) -> Verification:
+    """Check every file of a bundle, its reference outputs and its golden examples on this machine, offline.
+
+    If `onnx` is installed, the graph hash is computed again.
+
+    Args:
+        bundle: A bundle written by `sopdeploy export`.
+        settings: Settings of the service; by default from the environment.
+        runtime: Runtime, as for `serve`; by default the setting.
+
+    Raises:
+        BundleError: A file or the graph hash is wrong.
+        ParityError: An output deviates.
+        RuntimeUnavailableError: No runtime of this machine can run the bundle.
+    """
+    # A thorough load checks hashes, graph and certificate, and replays all probes.
+    chosen = settings or load_settings(runtime=runtime)
+    loaded = load_model(Path(bundle), chosen, thorough=True)
+
+    manifest = loaded.bundle.manifest
+    examples = read_golden(loaded.bundle)
+    output = manifest.outputs[0].name
+
+    def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return loaded.runtime.run(pixels[None])[output][0]
+
+    # Each JPEG example must give the exporter's pixels, and with them its logits. An engine whose
+    # larger error was allowed has this error here, too.
+    tolerance = loaded.replays[1].tolerance[output]
+    for example in examples:
+        example = replace(example, tolerance=max(example.tolerance, tolerance))
+        jpeg = example.jpeg
+        decoded = decode(
+            jpeg, manifest.preprocess, max_bytes=len(jpeg), max_pixels=PILLOW_PIXELS
+        )
+        with translating_errors(loaded.runtime):
+            check_golden(
+                example,
+                decoded.pixels,
+                run,
+                manifest.versions.get("pillow"),
+                manifest.preprocess.decoding,
+            )
+
+    probes = read_probes(loaded.bundle)
+    _check_tolerances(loaded.bundle, probes)
+
+    return Verification(
+        bundle=loaded.bundle.name,
+        id=manifest.id,
+        model=manifest.model,
+        onnx_root=loaded.onnx_root,
+        second_order=_describe_second_order(loaded),
+        logits=describe_temperature(manifest.decision, manifest.temperature_scaling),
+        statements=read_statements(loaded.bundle),
+        num_files=len(manifest.files),
+        bytes=sum(record.bytes for record in manifest.files.values()),
+        runtime=loaded.runtime.name,
+        device=loaded.runtime.device,
+        replays=tuple(loaded.replays.values()),
+        golden=len(examples),
+        notes=_list_notes(loaded.bundle, probes),
+    )
+
+
+def _describe_second_order(loaded: LoadedModel) -> str:
+    """Say what the graph computes of second order, also if a detached network computes nothing of it.
+
+    Empty for other first-order networks, and if `onnx` is not installed.
+    """
+    if loaded.onnx_root is None:
+        return ""
+
+    import onnx
+
+    # The load has read it without errors, and has compared its hash.
+    model = onnx.ModelProto.FromString(loaded.bundle.onnx.read())
+    described = count_second_order(model).describe()
+    return described or (NOTHING if loaded.bundle.manifest.detached else "")
+
+
+def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
+    """Raise `BundleError` unless rounding errors, or allowed errors, explain the tolerances of *probes*."""
+    advice = "export the bundle again"
+    try:
+        parity = parse_json(bundle.contents["parity.json"])
+        outputs = parity["outputs"]
+        allowed_drifts = ALLOWED_DRIFTS if parity["drift_allowed"] else 0
+
+        # The largest tolerance that an export writes: a multiple of the rounding error or, if
+        # a larger error was allowed, of this error.
+        for name, tolerance in probes.tolerance.items():
+            noise = float(parity["floors_allowed"]) * float(outputs[name]["noise_floor"])
+            drift = max(*outputs[name]["drift"].values(), outputs[name]["batch_difference"])
+            largest = _ROUNDING * max(noise, allowed_drifts * drift)
+            if not tolerance <= largest:  # it is larger, or one of them is NaN
+                problem = (
+                    f"parity.json does not explain the tolerance {tolerance:.2g} of {name}"
+                )
+                raise BundleError(f"{bundle.path / PROBES}: {problem}; {advice}")
+    # A field is missing, or has another type.
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise BundleError(
+            f"{bundle.path / 'parity.json'}: records no rounding error (noise_floor); {advice}"
+        ) from error
+
+
+def _list_notes(bundle: Bundle, probes: Probes) -> tuple[str, ...]:
+    """List what the *probes* of *bundle* leave open and whether images of a batch may affect each other."""
+    notes = []
+    if len(probes.images) < FEW_PROBES:
+        notes.append(f"only {len(probes.images)} reference images; an export writes more")
+
+    # A tolerance must be small beside the range of the outputs, or it proves little.
+    for name, tolerance in probes.tolerance.items():
+        spread = float(np.ptp(probes.expected[name]))
+        if tolerance > WIDE * spread:
+            wide = f"{100 * WIDE:.0f} % of the range of the reference outputs, {spread:.2g}"
+            notes.append(f"{name}: the tolerance {tolerance:.2g} is above {wide}")
+
+    if bundle.manifest.mixes_images:
+        mixing = ", ".join(bundle.manifest.mixes_images)
+        notes.append(f"outputs may depend on other images of a batch: {mixing}")
+    return tuple(notes)
