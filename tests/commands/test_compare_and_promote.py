@@ -19,7 +19,7 @@ from sopdeploy.bundle.decision import Decision, Rejection
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.bundle.live import LOG
 from sopdeploy.bundle.manifest import FileRecord
-from sopdeploy.data.folders.evaluation_images import open_any_images
+from sopdeploy.data.photos.any_images import open_any_images
 from sopdeploy.data.photos.file_checks import hash_images
 from sopdeploy.errors import (
     ConfigError,

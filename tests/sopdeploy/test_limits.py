@@ -23,9 +23,9 @@ from sopdeploy.base.names import read_labels
 from sopdeploy.bundle.golden import GoldenIndex
 from sopdeploy.bundle.live import read_log
 from sopdeploy.bundle.manifest import Manifest
-from sopdeploy.client import encode_images
-from sopdeploy.data.folders.evaluation_images import open_any_images
+from sopdeploy.client.client import encode_images
 from sopdeploy.data.folders.table import read_label_table
+from sopdeploy.data.photos.any_images import open_any_images
 from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.paths import check_is_checkpoint, check_is_weights

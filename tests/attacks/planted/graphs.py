@@ -273,7 +273,7 @@ def beside_plain(change: Change, refused: str) -> Row:
     return Row(build, refused, ("aux",), plain=without_branch(Normed))
 
 
-PLAIN = r"not the plain"
+PLAIN = r"the plain one"
 # The plain network is another one
 OTHERS: dict[str, Row] = {
     "another eps": beside_plain(lambda n: setattr(n.norm, "eps", 1e-4), PLAIN),

@@ -24,7 +24,7 @@ from sopdeploy_service.runtime.choice import may_use_gpu
 from sopdeploy_service.settings import load_settings
 from tests.support.service import bundle, bundle_path  # noqa: F401
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 Install = Callable[[str], None]
 MODULES = {
     "raises": "raise RuntimeError('first line\\nsecond line')",

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sopdeploy.client import CallArguments, ClassifyArguments, Client
+from sopdeploy.client import Client
+from sopdeploy.client.client import CallArguments, ClassifyArguments
 from sopdeploy.client.requests import CONNECT_SECONDS, MAX_PAUSE, retry_after
 from sopdeploy.errors import (
     ConfigError,

@@ -20,7 +20,7 @@ from sopdeploy.training.recipe_files import parse_override
 from tests.support.small_data import jpeg
 
 PUBLIC = json.loads(
-    (Path(__file__).parents[2] / "goldens/photos/public_folders.json").read_text("utf-8")
+    (Path(__file__).parents[3] / "goldens/photos/public_folders.json").read_text("utf-8")
 )
 IMAGE = jpeg(0, (8, 6))
 
