@@ -466,11 +466,11 @@ def read_bytes_calls(file: Path) -> list[str]:
 
 UNLIMITED = {
     # Files of a package.
-    "html/report.py", "models/describe.py", "photos/evaluation_images.py",
+    "html/report.py", "models/describe.py", "folders/evaluation_images.py",
     "reproduction/tables.py", "training/recipe_files.py", "few_shot/cache.py",
     "api/web.py",
     # Files of the kernel.
-    "sopdeploy/base/environment.py", "decoding/child.py", "runtime/device_memory.py", "observability/busy.py",
+    "base/environment.py", "decoding/child.py", "runtime/device_memory.py", "observability/busy.py",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sopdeploy.base.files import MAX_TEXT_BYTES, read_file
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.settings import Settings
 
@@ -46,7 +47,7 @@ def expiry(file: Path) -> float:
     Python's `ssl` tells this only of a certificate that a connection has accepted, and the package
     `cryptography` is not required.
     """
-    pem = PEM.search(file.read_bytes())
+    pem = PEM.search(read_file(file, MAX_TEXT_BYTES))
     if pem is None:
         raise ConfigError(f"{file}: has no certificate in PEM")
 
