@@ -12,7 +12,7 @@ rates: of each arm three learning rates on the first half of the classes of the 
 tuned: the last stages and all heads are trained on the second half of the classes of every set, at the
 rate that was chosen, for --epochs or until the validation loss has not fallen for four epochs. A fifth of
 the training images is for validation. The early stages are frozen, and mirrored copies are the only
-augmentation. The first set decided on the rates with other classes; the other sets confirm.
+augmentation. The rates were chosen on the other classes of the first set.
 
 probes: Moment Probing and its control are trained on frozen features, with rates and classes as above.
 

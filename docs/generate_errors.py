@@ -33,7 +33,7 @@ error: missing.jpg: cannot be read (No such file or directory); name an image fi
 The command then exits with code 2. With `--json`, it also prints `{"error": {"code": ..., "message": ...}}`. A
 traceback is a bug: please report it with the output of `sopdeploy env`.
 
-The classes are in `sopdeploy.errors`. The indentation shows which class is a subclass of which.
+The classes are in `sopdeploy.errors`. An indented class is a subclass of the class above it.
 
 | code | class | meaning and what to do |
 |---|---|---|"""
@@ -243,7 +243,7 @@ def errors_page() -> str:
     """Build `docs/errors.md`."""
     classes = {"timeout": "UnreachableError"}  # those of other codes have a response
     of_client = [
-        f"| `{code}` | `{classes.get(code, 'ServiceError')}` | {advice} |"
+        f"| `{code}` | the class is `{classes.get(code, 'ServiceError')}` | {advice} |"
         for code, advice in OF_THE_CLIENT.items()
     ]
     return "\n".join([HEAD, *class_rows(), *of_client, "", EXIT_CODES])

@@ -20,30 +20,30 @@ possible:
 - `timm:NAME`: a network of timm.
 - `dsop-timm:NAME`: a network of timm with the auxiliary branches of [DSoP](second-order.md).
 - `head:NAME`: the network NAME with a linear classifier on first-order and second-order statistics of its features.
-- `dsop-head:NAME`: the network NAME that classifies averages, with the classifier of `head:NAME` as auxiliary branch.
-- `gmsop-head:NAME`: `head:NAME` with N matrix square roots in place of each one. A gate selects K for each image.
+- `dsop-head:NAME`: the network NAME with average pooling, and the classifier of `head:NAME` as an auxiliary branch.
+- `gmsop-head:NAME`: like `head:NAME`, with N matrix square roots for each feature map. A gate selects K of them for
+  each image.
 
 `sopdeploy models NAME` prints the parts of a network, its options and their values. `--set model.config.KEY=VALUE`
 sets an option. The option `pooling` chooses the pooling layer of a plain network: {poolings}.
 Where a paper and its code differ, [the paper is the default](second-order.md).
 
-In this table, M are millions of weights, and GMACs are billions of multiply-adds for one image. The exported network
-has no auxiliary branches. The last column is the length of the vector that the classifier receives.
+In this table, M stands for millions of weights, and GMACs for billions of multiply-adds per image. The exported
+network has no auxiliary branches. The last column is the length of the vector that the classifier receives.
 
 | name | network | px | training, M | exported, M | training, GMACs | exported, GMACs | vector |
 |---|---|---|---|---|---|---|---|
 {networks}
 
 Without options, DSoP has the branches that the paper's text describes. The recipes of the paper have the branches of
-its Table I. With them, `dsop-resnet50` has {dsop} M weights in training, as printed: `sopdeploy models dsop-resnet50
---option aux_stride=table`.
+its Table I. With these branches, `dsop-resnet50` has {dsop} M weights in training, as in Table I. You can count them
+with `sopdeploy models dsop-resnet50 --option aux_stride=table`.
 
-## Printed figures that no variant reproduces
+## Figures in the papers that no variant reproduces
 
-Our networks are not changed to match the figures of the papers. M are millions of weights, and G are billions of
-operations. x means times a ResNet-50 (25.5 M, 3.86 G).
+G stands for billions of multiply-adds, and x for multiples of a ResNet-50 (25.5 M weights, 3.86 G).
 
-| source | network | figure | printed | ours | likely reason |
+| source | network | figure | in the paper | ours | likely reason |
 |---|---|---|---|---|---|
 {differing}
 
@@ -82,7 +82,8 @@ def differing_rows() -> Iterator[str]:
                     f"{figure.printed:g} {figure.unit}",
                     f"{figure.ours:g} {figure.unit}",
                 )
-                cells = (figure.source, network, figure.quantity, printed, ours, figure.note)
+                quantity = figure.quantity.replace("shipped", "exported")
+                cells = (figure.source, network, quantity, printed, ours, figure.note)
                 yield "| " + " | ".join(cells) + " |"
 
 

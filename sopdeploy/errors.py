@@ -181,7 +181,7 @@ class BundleError(SopdeployError):
 
 
 class PromotionError(SopdeployError):
-    """The photos do not show that a bundle is as good as the live one, or there is no bundle to go back to."""
+    """The images do not show that a bundle is as good as the current one, or there is no bundle to go back to."""
 
     code = "not_promoted"
 
@@ -223,7 +223,7 @@ class ServiceError(SopdeployError):
 
 
 class OverloadedError(ServiceError):
-    """The server, or a proxy before it, refused every attempt in the time of the call (408, 429, 502, 503, 504).
+    """The server, or a proxy in front of it, refused each attempt until the call timed out (408, 429, 502, 503, 504).
 
     *retry_after* is the delay in seconds that the last response requested, 0 if none.
     """

@@ -33,9 +33,9 @@ def build_tables(lines: Lines, names: Sequence[str], side: int) -> list[str]:
 
     for position, name in enumerate(names):
         rows = _tuned_rows(lines, name, side)
-        role = "decided on the rates with other classes" if position == 0 else "confirms"
+        chosen_on = "other classes" if position == 0 else names[0]
         columns = (
-            f"{name}, fine-tuned ({role}), {side} pixels",
+            f"{name}, fine-tuned (rates chosen on {chosen_on}), {side} pixels",
             "closed form, %",
             "fine-tuned, %",
             "over averages",

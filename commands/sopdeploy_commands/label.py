@@ -88,10 +88,12 @@ def _read_labels(export: Path) -> dict[str, str]:
     except OSError as error:
         raise DataError(f"{export}: {advise_on(error, 'give the CSV export')}") from error
     except (ValueError, csv.Error) as error:
-        raise DataError(f"{export}: is not a CSV file ({error}); export CSV") from error
+        raise DataError(
+            f"{export}: is not a CSV file ({error}); export the labels as CSV"
+        ) from error
     if not rows or not {IMAGE, CLASS} <= {*rows[0]}:
         raise DataError(
-            f"{export}: has no columns {IMAGE} and {CLASS} with labels; label photos, then export CSV"
+            f"{export}: has no columns {IMAGE} and {CLASS} with labels; label photos, then export them as CSV"
         )
 
     labels: dict[str, str] = {}

@@ -222,8 +222,8 @@ def check_golden(
     limit = fast_resize.MAX_LEVELS if decoding == "fast" else MAX_LEVELS
     if levels > limit:
         raise ParityError(
-            f"{example.name}: its pixels differ by {levels} gray levels: Pillow "
+            f"{example.name}: its pixels differ by {levels} gray levels, because Pillow "
             f"{PIL.__version__} decodes or resizes differently than "
-            f"{exporter or 'that'} of the export; install the wheel of that "
-            "version from PyPI, or export the bundle again"
+            f"{f'Pillow {exporter}' if exporter else 'the version'}, which the export used; install "
+            "the wheel of this version from PyPI, or export the bundle again"
         )

@@ -138,16 +138,17 @@ def detect_format(body: bytes) -> str:
     if detected in FORMATS.values():
         return detected
 
-    advice = f"use {describe_formats(name for name in FORMATS if not missing_extra(name))}"
+    decodable = [name for name in FORMATS if not missing_extra(name)]
+    advice = f"use {describe_formats(decodable, 'or')}"
 
     if not detected:
         raise ImageError(f"this is not an image; {advice}", code="not_an_image", status=415)
     if body.startswith(POINTER):
         raise _unsupported_error(POINTER_ADVICE)
-    if converter := find_converter(detected):
-        advice += f"; {converter} converts them"
     # Pillow calls HEIC files HEIF.
     shown = "HEIC" if detected == "HEIF" else detected
+    if converter := find_converter(detected):
+        advice += f"; {converter} converts {shown} files"
     raise _unsupported_error(f"{shown} files are not accepted; {advice}")
 
 

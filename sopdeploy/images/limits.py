@@ -16,10 +16,10 @@ FORMATS = {
 EXTRAS = {"heic": ("heif", "pillow_heif")}  # what decodes a format: extra of sopdeploy, package
 
 
-def describe_formats(names: Iterable[str] = FORMATS) -> str:
+def describe_formats(names: Iterable[str] = FORMATS, last_word: str = "and") -> str:
     """List the formats with *names* of `FORMATS`, by default all: "JPEG, PNG and WebP"."""
     *others, last = ["WebP" if name == "webp" else name.upper() for name in names]
-    return f"{', '.join(others)} and {last}" if others else last
+    return f"{', '.join(others)} {last_word} {last}" if others else last
 
 
 @functools.cache  # a decoder may no longer look for packages

@@ -304,7 +304,9 @@ GMSOP = {
         {},
         "GM-SOP (2 of 4 poolings) on EfficientNet-Lite0, as `fine-tune-gmsop` trained it in 0.3",
     ),
-    "netvlad-64-resnet18": at_64("NetVLADResNet", {}, "NetVLAD of 64 words on ResNet-18"),
+    "netvlad-64-resnet18": at_64(
+        "NetVLADResNet", {}, "NetVLAD with 64 visual words on ResNet-18"
+    ),
 }
 # Title and networks, in display order
 FAMILIES = (

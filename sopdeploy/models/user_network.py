@@ -111,7 +111,7 @@ class UserNetwork(Classifier):
             if not has_same_shape or not (logits.is_meta or torch.equal(logits, output)):
                 raise ConfigError(
                     "head: the network does not return the output of its "
-                    f"last linear layer {name}; build it so that these are "
+                    f"last linear layer {name}; change it to return this output as "
                     "the logits"
                 )
         return super().remove_classifier()

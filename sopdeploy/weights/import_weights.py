@@ -194,7 +194,7 @@ def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
     tables = find_tables(content, levels=2)
     candidates = [tables[name] for name in ("", *STATE_DICT_KEYS) if name in tables]
     if not candidates:
-        problem = "holds no table of tensors, by itself or as `state_dict`"
+        problem = "contains no table of tensors, also not under the key `state_dict`"
         raise WeightsError(f"{path}: {problem}; {WEIGHTS_ADVICE}")
     table = max(candidates, key=len)  # beside it, a file can hold single tensors
 

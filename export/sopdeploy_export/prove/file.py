@@ -379,10 +379,10 @@ def max_drift(
     """
     if values.shape != expected.shape:
         raise ParityError(
-            f"the exported file gives {name} of shape {values.shape}, not {expected.shape}"
+            f"the exported file returns {name} of shape {values.shape}, not {expected.shape}"
         )
     if not np.isfinite(values).all():
-        raise ParityError(f"the exported file gives {name} that are not finite")
+        raise ParityError(f"the exported file returns {name} that are not finite")
     return float(np.abs(values.astype(np.float64) - expected)[compared].max(initial=0.0))
 
 

@@ -178,7 +178,7 @@ def build_plain(
     tensors of other names or shapes, or if the plain network cannot be captured.
     """
     if detachment.plain is None:
-        raise CertificateError("there is no builder of a plain network")
+        raise CertificateError("there is no plain network to compare with")
     plain = detachment.plain()
     parts = detachment.training_only
     kept = {name: tensor for name, tensor in trained.tensors.items() if not is_in(name, *parts)}

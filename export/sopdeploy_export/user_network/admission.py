@@ -214,8 +214,8 @@ def _check_values(
     """
     if classes == logits.shape[1] == 1 and not several_classes:
         raise ConfigError(
-            "the trained network has one logit, whose softmax is always 1: give the names of two "
-            "classes, first the one with label 0, or keep one name for the sigmoid of the logit",
+            "the trained network has one logit, whose softmax is always 1; give two class names "
+            "(label 0 first), or keep one name and use the sigmoid of the logit",
             setting="labels",
             remedies={"several_classes": True},
         )

@@ -137,7 +137,7 @@ def load_weights(
     # Choose a table of the file, and the naming with which it fits the network.
     tables = dict(find_tables(weights.content))
     if not tables:
-        raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
+        raise WeightsError(f"{path}: contains no table of tensors; {WEIGHTS_ADVICE}")
     fits = [fit for name in tables for fit in _find_fits(name, tables[name], expected)]
     joined = set[str]()  # tables that are made of others
     if all(fit.missing for fit in fits) and len(tables) > 1:

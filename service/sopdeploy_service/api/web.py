@@ -139,7 +139,7 @@ async def _show_page(page: Page, request: Request) -> Response:
 def _fill(page: Page) -> bytes:
     """Return the bytes of *page* with the formats that the server accepts, made once."""
     decodable = [name for name in FORMATS if not missing_extra(name)]
-    return page.html.replace("{formats}", describe_formats(decodable)).encode()
+    return page.html.replace("{formats}", describe_formats(decodable, "or")).encode()
 
 
 @router.get("/openapi.json")

@@ -198,7 +198,8 @@ def _open_part_tables(layout: Layout, max_held_out: int | None) -> OpenedParts:
         named = named_table(part.root, name_of_table)
         if named is None:
             raise DataError(
-                f"{part.root}: has no {layout.table}, which tells the classes of other parts; add one"
+                f"{part.root}: has no {layout.table}, but another part of the data has its classes "
+                "in this file; add the file"
             )
         train = next(iter(parts.values()), None)
         opened = read_label_table(

@@ -122,7 +122,7 @@ def test_a_pointer_to_weights_is_not_advice_about_images(tmp_path) -> None:
 UNUSABLE = {
     "a pointer": (LFS, f"/1.jpg: {POINTER_ADVICE}"),
     "no byte": (b"", "it is empty; repair, convert or delete it"),
-    "another format": (b"II*\0", "use {formats}; ImageMagick converts them"),
+    "another format": (b"II*\0", "use {formats}; ImageMagick converts TIFF files"),
     "half a photo": (PHOTO[:300], "the image is truncated; repair, convert or delete it"),
 }
 
