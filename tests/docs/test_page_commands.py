@@ -42,7 +42,7 @@ NOT_RUN_PAGES = (
 BEGINS = re.compile(  # trains a network
     r"sopdeploy train (--recipe photos-dsop )?--data photos|data scenes|sopdeploy\.train\(data="
 )
-ANY_BUNDLE = (  # so no network is trained
+QUICK = (  # so no network is trained
     "docs/http.md",
     "docs/batch.md",
     "docs/deploy.md",
@@ -52,12 +52,9 @@ ANY_BUNDLE = (  # so no network is trained
 TWICE = (
     "README.md",
     "docs/index.md",
-    "docs/quickstart.md",
-    "docs/examples.md",
     "docs/python.md",
 )  # of each reader
 RUNNABLE = {name(page): page for page in PAGES if name(page) not in NOT_RUN_PAGES}
-QUICK = [page for page in ANY_BUNDLE if page in RUNNABLE]
 
 
 def is_run(step: str) -> bool:

@@ -32,7 +32,7 @@ SEARCHES = {  # what a newcomer types, and the page that must come first
     "learning rate": "train.md",
     "matrix square root": "second-order.md",
     "monitoring": "monitoring.md",
-    "onnx": "own-network.md",
+    "onnx": "bundle.md",
     "own model": "own-network.md",
     "roll back": "operations.md",
     "tables of the papers": "train.md",
