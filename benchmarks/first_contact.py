@@ -149,7 +149,7 @@ def tensorrt(bundle: Bundle, _: str) -> Iterator[Row]:
     """Engines that reproduce the reference outputs: seconds to build, median milliseconds of a batch."""
     from sopdeploy.bundle.folder import open_bundle  # noqa: PLC0415
     from sopdeploy_commands.bench import bench  # noqa: PLC0415
-    from sopdeploy_commands.engine.engine import get_engine  # noqa: PLC0415
+    from sopdeploy_commands.engine_builder.engine import get_engine  # noqa: PLC0415
     from sopdeploy_export.options import EngineOptions  # noqa: PLC0415
     from sopdeploy_service.settings import load_settings  # noqa: PLC0415
 

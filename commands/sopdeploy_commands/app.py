@@ -36,7 +36,7 @@ TOPICS = {
             ".export:export",
             "write a bundle with the ONNX file; --detach removes auxiliary branches",
         ),
-        "engine": (".export:engine", "build the TensorRT engine of a bundle"),
+        "engine": (".engine:engine", "build the TensorRT engine of a bundle"),
         "verify": (".verify:verify", "check files and outputs of a bundle"),
         "predict": (".predict:predict", "classify images without a server"),
         "serve": (".serve:serve", "serve bundles over HTTP, with a web page"),
@@ -46,7 +46,7 @@ TOPICS = {
         "models": (".list_models:models", "list the networks of the catalog, or count one"),
         "recipes": (".train:recipes", "list the packaged recipes"),
         "inspect": (
-            ".export:inspect",
+            ".inspect_network:inspect",
             "list parts of your network that have no effect",
         ),
         "import": (
@@ -75,7 +75,7 @@ TOPICS = {
         "bench": (".bench:bench", "measure latency and throughput of a bundle"),
         "key": (".serve:key", "create an API key for a server"),
         "health": (".health:health", "check whether a server is ready"),
-        "triton": (".export:triton", "add a bundle to a Triton model repository"),
+        "triton": (".triton:triton", "add a bundle to a Triton model repository"),
         "env": (".env:env", "versions and hardware, for a bug report"),
     },
 }

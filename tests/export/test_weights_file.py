@@ -29,7 +29,7 @@ from sopdeploy.errors import (
     RuntimeUnavailableError,
 )
 from sopdeploy_commands.app import app
-from sopdeploy_commands.engine.build import cast_images_first, parse_and_build
+from sopdeploy_commands.engine_builder.build import cast_images_first, parse_and_build
 from sopdeploy_commands.verify import verify
 from sopdeploy_export.admit import network as admission
 from sopdeploy_export.lower import to_onnx

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sopdeploy
-from sopdeploy_commands.engine.engine import get_engine
+from sopdeploy_commands.engine_builder.engine import get_engine
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings

@@ -41,8 +41,8 @@ from sopdeploy.weights.checkpoint import (
 from sopdeploy.weights.class_names import read_class_names
 from sopdeploy.weights.pickled import distinct_values
 from sopdeploy.weights.timm_files import read_hub_config
-from sopdeploy_commands.export import read_preprocess
 from sopdeploy_commands.promote import Promotion
+from sopdeploy_commands.rules import read_preprocess
 from sopdeploy_service.http.api_keys import read_keys
 from sopdeploy_service.runtime.tensorrt_cache import EngineRecord, read_records
 from sopdeploy_service.settings import load_settings

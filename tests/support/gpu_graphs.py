@@ -47,7 +47,7 @@ class RealTensorRT(ModuleType):
         return getattr(self._rtx, name)
 
 
-PACKAGES = ("tensorrt_rtx", "sopdeploy_commands.engine")
+PACKAGES = ("tensorrt_rtx", "sopdeploy_commands.engine_builder")
 BUILDS = all(map(importlib.util.find_spec, PACKAGES))
 with_a_runtime = pytest.mark.skipif(
     not BUILDS and not installed(), reason=f"{ABSENT}; {NOT_HERE}"
@@ -73,7 +73,7 @@ def built(model: onnx.ModelProto, precision: str) -> None:
     trt = real_tensorrt()
     if trt is None:
         return
-    from sopdeploy_commands.engine.build import (
+    from sopdeploy_commands.engine_builder.build import (
         cast_images_first,
         parse_and_build,
     )

@@ -12,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from sopdeploy.errors import EngineError, LoweringError
-from sopdeploy_commands.engine.build import cast_images_first, parse_and_build
+from sopdeploy_commands.engine_builder.build import cast_images_first, parse_and_build
 from sopdeploy_service.runtime.tensorrt_cache import Profile
 from sopdeploy_service.runtime.tensorrt_session import create, reset_logger
 from tests.support.gpu_graphs import ABSENT, WORKSPACE, RealTensorRT, real_tensorrt

@@ -29,8 +29,8 @@ from sopdeploy.errors import (
     StorageError,
 )
 from sopdeploy_commands.app import app
-from sopdeploy_commands.engine import engine
-from sopdeploy_commands.engine.engine import EngineFile, get_engine
+from sopdeploy_commands.engine_builder import engine
+from sopdeploy_commands.engine_builder.engine import EngineFile, get_engine
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import open_runtime
 from sopdeploy_service.runtime.tensorrt import engine_folders

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from sopdeploy_commands.engine import build
+from sopdeploy_commands.engine_builder import build
 from sopdeploy_service.runtime import tensorrt_session
 from tests.cuda.stand_in import FOLDER, require
 from tests.support.gpu_graphs import real_tensorrt

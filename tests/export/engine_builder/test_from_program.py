@@ -28,8 +28,8 @@ from sopdeploy.errors import (
 )
 from sopdeploy.models.base import Classifier
 from sopdeploy.weights.checkpoint import Checkpoint, write_checkpoint
-from sopdeploy_commands.engine.from_program import build_from_program
-from sopdeploy_commands.export import engine
+from sopdeploy_commands.engine import engine
+from sopdeploy_commands.engine_builder.from_program import build_from_program
 from sopdeploy_export.options import EngineOptions, ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint, rebuild_program

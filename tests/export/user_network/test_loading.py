@@ -21,7 +21,7 @@ from sopdeploy.errors import CertificateError, ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.weights.class_names import read_class_names
 from sopdeploy_commands.app import app
-from sopdeploy_commands.export import read_preprocess
+from sopdeploy_commands.rules import read_preprocess
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS, choose_output
 from sopdeploy_export.prove.removed import find_shared_rests
 from sopdeploy_export.user_network.builder import network_builder

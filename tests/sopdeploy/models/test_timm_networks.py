@@ -10,7 +10,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.layers.residual import BasicBlock, Bottleneck
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import create_model
-from sopdeploy_commands.export import read_preprocess
+from sopdeploy_commands.rules import read_preprocess
 
 NAMES = ["resnet18", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_100", "regnety_002"]
 FEW = {"aux_blocks": (1, 1, 1, 1), "aux_widths": (4, 4, 4, 4)}

@@ -18,7 +18,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.onnx_root import weights_beside
 from sopdeploy.bundle.probes import Replay, check_replays, read_probes, replay_in_turn
 from sopdeploy.errors import LoweringError, ParityError
-from sopdeploy_commands.engine.build import (
+from sopdeploy_commands.engine_builder.build import (
     Report,
     cast_images_first,
     parse_and_build,
