@@ -424,7 +424,7 @@ def test_each_alert_has_a_test_and_a_row_on_its_page() -> None:
     )
     alerts = {*re.findall(r"- alert: (\w+)", chart.read_text(encoding="utf-8"))}
     assert alerts == {*re.findall(r'alertname="(\w+)"', tests)}
-    assert alerts == first_column("docs/monitoring.md", "| alarm | meaning | what to do |")
+    assert alerts == first_column("docs/monitoring.md", "| alert | meaning | what to do |")
 
 
 def test_something_counts_every_metric() -> None:
