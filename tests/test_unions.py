@@ -19,8 +19,8 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.loop.optimizer import create_optimizer
+from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.setup import select_procedure
 from tests.docs.reading import module_at, text_of
 from tests.support.rooms import PACKAGES, ROOT
 from tests.sweep.smallest import POOLINGS

@@ -43,6 +43,7 @@ from sopdeploy.models.second_order_head import (
 )
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import Fit, Setup, read_resumed, run_record
+from sopdeploy.training.device import move_to_device
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.few_shot.cross_validation import weights_in_means
 from sopdeploy.training.few_shot.groups import group_by_network
@@ -52,7 +53,6 @@ from sopdeploy.training.loop.run import fit_loop
 from sopdeploy.training.loop.state import LoopState, last_loop_record, read_frozen, restore_loop
 from sopdeploy.training.results import LoopResult, Tuning
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.setup import move_to_device
 from sopdeploy.weights.checkpoint import Checkpoint, build_classifier
 
 

@@ -64,8 +64,8 @@ from sopdeploy.training.few_shot.state import (
 )
 from sopdeploy.training.few_shot.targets import Array, Targets
 from sopdeploy.training.head_settings import FeatureSettings, HeadOptions
+from sopdeploy.training.procedure import LOOP_INSTEAD
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.setup import LOOP_INSTEAD
 from sopdeploy.weights.checkpoint import Checkpoint
 
 

@@ -29,6 +29,7 @@ from sopdeploy.training.checkpoints import (
     run_record,
     state_errors,
 )
+from sopdeploy.training.device import find_images_format, move_to_device
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
 from sopdeploy.training.few_shot.state import FewShotFit, last_few_shot_record
 from sopdeploy.training.loop.average import ExponentialMovingAverage
@@ -36,7 +37,6 @@ from sopdeploy.training.loop.losses import Loss, Teacher, create_teacher
 from sopdeploy.training.loop.updates import Updates, group_parameters
 from sopdeploy.training.loop_settings import StartConfig, StepSettings, UpdateSettings
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.setup import find_images_format, move_to_device
 from sopdeploy.training.start_weights import classifier_name
 from sopdeploy.weights.checkpoint import Checkpoint, parse_checkpoint, plain_content
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
-from sopdeploy.training.setup import find_images_format
+from sopdeploy.training.device import find_images_format
 
 RULES = Preprocess(resize=8, crop=8)
 GRAY = Preprocess(channels=1, resize=8, crop=8, mean=0.25, std=0.5)

@@ -24,9 +24,10 @@ from sopdeploy.report.page import write_run_page
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import Strategy, TrainingStoppedError
+from sopdeploy.training.division import Division
 from sopdeploy.training.loop.state import LoopState
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.setup import Division, new_setup
+from sopdeploy.training.setup import new_setup
 from sopdeploy.training.train import TrainingResult, summarize_run, train_recipe, train_run
 from sopdeploy.weights.checkpoint import read_checkpoint
 

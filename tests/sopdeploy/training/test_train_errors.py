@@ -12,14 +12,14 @@ import torch
 from sopdeploy.base.files import LOCK
 from sopdeploy.data.photos.file_checks import hash_images
 from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
-from sopdeploy.training import setup
+from sopdeploy.training import division
 from sopdeploy.training.distributed import Strategy
+from sopdeploy.training.division import open_division
 from sopdeploy.training.loop import gradient
 from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.loop.state import LoopState
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.setup import open_division
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights.checkpoint import read_checkpoint
 from tests.sopdeploy.data.folders.test_folder import make
@@ -225,7 +225,7 @@ def test_the_record_decides_what_is_held_out(stopped, monkeypatch) -> None:
     def choose(images, *_):
         raise AssertionError("the run has recorded its choice")
 
-    monkeypatch.setattr(setup, "choose_held_out", choose)
+    monkeypatch.setattr(division, "choose_held_out", choose)
     record = read_checkpoint(stopped / "run" / "last.pt").resume["held_out"][:, 0].tolist()
     (stopped / "images" / "a" / "000.jpg").rename(stopped / "images" / "a" / "renamed.jpg")
     recipe = short_recipe(*ONE, f"data.path={stopped / 'images'}")

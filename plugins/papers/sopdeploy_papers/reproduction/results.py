@@ -16,8 +16,8 @@ from sopdeploy.evaluation.statistics import student
 from sopdeploy.training.checkpoints import read_resumed
 from sopdeploy.training.diagnostics import EpochRow, median_throughput
 from sopdeploy.training.distributed import select_device
+from sopdeploy.training.division import open_division
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.setup import open_division
 from sopdeploy.training.train import TrainingResult
 from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 

@@ -36,6 +36,7 @@ from sopdeploy.evaluation.multi_label import (
 from sopdeploy.report.wrong_labels import find_wrong_labels, list_wrong_labels
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.distributed import Strategy
+from sopdeploy.training.division import divide_images
 from sopdeploy.training.few_shot.classifier import LinearProblem, Space, unit_length
 from sopdeploy.training.few_shot.cross_validation import judge_few_apart, select_typical
 from sopdeploy.training.few_shot.discriminant import SHRINKAGE, Discriminant
@@ -45,10 +46,11 @@ from sopdeploy.training.few_shot.scaling import OutOfFold, Scaling, estimate_exc
 from sopdeploy.training.few_shot.score import estimate_score
 from sopdeploy.training.few_shot.targets import Targets, share_groups
 from sopdeploy.training.head_settings import FewShotConfig
+from sopdeploy.training.procedure import FEW_IMAGES, select_procedure
 from sopdeploy.training.recipe import LoopConfig, Recipe, read_recipe
 from sopdeploy.training.results import read_result
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.setup import FEW_IMAGES, divide_images, select_procedure, set_up_run
+from sopdeploy.training.setup import set_up_run
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy_commands.app import app
@@ -873,7 +875,7 @@ def test_the_loop_warns_of_training_images_in_val_unless_there_are_many(
     assert_warns_of_the_copy(callback)
 
     # Many images are not compared.
-    monkeypatch.setattr("sopdeploy.training.setup.MAX_HASHED", 5)
+    monkeypatch.setattr("sopdeploy.training.division.MAX_HASHED", 5)
     silent = RecordingCallback()
     set_up_run(recipe, folder, None, silent)
     assert warnings_of(silent) == []
@@ -973,7 +975,7 @@ def test_every_image_trains_the_network_up_to_a_hundred_thousand(
         == LoopConfig()
     )
 
-    monkeypatch.setattr("sopdeploy.training.setup.FEW_IMAGES", 100)
+    monkeypatch.setattr("sopdeploy.training.procedure.FEW_IMAGES", 100)
     folder = RunFolder(tmp_path / "other", processes)
     reason = set_up_run(read_recipe("photos", settings), folder, None, Callback()).reason
 
