@@ -16,7 +16,7 @@ from sopdeploy.models.families import lead_on
 
 # What selecting the procedure `fine_tune` sets: short training by small steps, because the
 # start is good. A rate of 1e-3 lost 27 points of signs and 73 of packages on one draw, with
-# heads on averages (docs/benchmarks/photo_branches.jsonl).
+# heads on averages.
 FINE_TUNE_SETTINGS: Mapping[str, Any] = {
     "epochs": 6,
     "batch_size": 8,
