@@ -50,7 +50,7 @@ class FilePrediction(Classes):
         }
 
 
-class Predictions(tuple[FilePrediction, ...]):
+class FilePredictions(tuple[FilePrediction, ...]):
     """The predictions of `predict`, one per image; `seconds` is the time that each took."""
 
     seconds: tuple[float, ...]
@@ -132,7 +132,7 @@ def print_prediction(prediction: FilePrediction, seconds: float) -> None:
         out.print(Text.assemble("  ", loss))
 
 
-def _show(predictions: Predictions, *, as_json: bool) -> int:
+def _show(predictions: FilePredictions, *, as_json: bool) -> int:
     """Print the predictions and the errors; the exit code is 2 if an image has an error."""
     if as_json:
         print_json(as_data(list(predictions)))
@@ -162,7 +162,7 @@ def predict(
     explain: bool = False,
     runtime: str | None = None,
     **settings: Any,
-) -> Predictions:
+) -> FilePredictions:
     """Classify image files without a server, with the same results as the service.
 
     Args:
@@ -213,7 +213,7 @@ def predict(
         predictions.append(prediction)
         seconds.append(time.perf_counter() - started)
 
-    results = Predictions(predictions)
+    results = FilePredictions(predictions)
     results.seconds = tuple(seconds)
     return results
 

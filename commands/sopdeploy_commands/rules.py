@@ -1,4 +1,4 @@
-"""Preprocessing rules that an option names: a convention, those of timm or torchvision, or a file."""
+"""Preprocessing rules that an option names: a convention, rules of timm or torchvision, or a file."""
 
 import importlib
 from typing import Any

@@ -1,7 +1,7 @@
 """Resize an image with fast_image_resize, by the instructions of the processor for several numbers at once.
 
 The package `cykooz-resizer` brings it. Its pixels are the same bits with SSE4.1, AVX2 and without both. There
-is no wheel for Linux on ARM; there, Pillow resizes, and a pixel differs by at most `MAX_LEVELS`.
+is no wheel for Linux on ARM; there, Pillow resizes, and a pixel of a photo differs by at most `MAX_LEVELS`.
 
 Pillow also enlarges with "bicubic". There, fast_image_resize 6.1 ends the process for some boxes: it leaves out
 leading weights that are about zero, takes the first pixel of the first sum for the first pixel of all, and reads
@@ -18,8 +18,8 @@ try:
 except ImportError:
     cykooz_resizer = None
 
-# The largest difference between the two, of 255 levels. Both round in each direction, and bicubic can
-# leave the range in between, where Pillow clips.
+# The largest difference between the two on photos, of 255 levels. Both round in each direction, and bicubic
+# can leave the range in between, where Pillow clips; on random noise, it differs by more.
 MAX_LEVELS = 4
 PILLOW_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 FILTERS = {"bilinear": "bilinear", "bicubic": "catmull_rom"}  # both are bicubic with a = -0.5

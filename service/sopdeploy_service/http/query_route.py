@@ -1,7 +1,7 @@
 """Routes that take the request and a model of its query, which FastAPI documents and this module reads.
 
-FastAPI takes a sixth of the CPU time of a small image to read a query: it looks up the type of each field
-for each request, and prepares for dependencies, which these routes do not have.
+For each request, FastAPI looks up the type of each field of a query, and prepares for dependencies, which these
+routes do not have.
 """
 
 from collections.abc import Callable, Coroutine

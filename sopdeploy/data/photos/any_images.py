@@ -1,4 +1,4 @@
-"""Images without classes: any ones, or those of no class of a network."""
+"""Images without labels: any images, or images of things that a network does not know."""
 
 from pathlib import Path
 from typing import NamedTuple
