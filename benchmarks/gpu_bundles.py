@@ -1,15 +1,13 @@
-"""Write the folder that `first_contact.py` checks a GPU with; needs torch, but no GPU.
+"""Write the bundles with which `make gpu-check` checks a GPU; needs torch, but no GPU.
 
     python benchmarks/gpu_bundles.py FOLDER [NAME-PRECISION ...]
 
 The networks have random weights, which do not affect speed: three small ones, in fp32, fp16 and
 int8, and at 224 pixels a ResNet-50 in fp16 and fp32, one with covariance pooling (iSQRT), and a
-DSoP ResNet-18 without its branches. FOLDER also gets JPEGs, small ones and those of phones, and
-the programs that run there. What exists is not written again; with names, only these networks
-are.
+DSoP ResNet-18 without its branches. What exists is not written again; with names, only these
+networks are.
 """
 
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -27,11 +25,8 @@ from sopdeploy.weights.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 
-HERE = Path(__file__).parent
 CLASSES = tuple(f"class {number}" for number in range(1000))
 CALIBRATION = 64
-JPEGS = {"images": (16, (500, 375)), "phone": (4, (4000, 3000))}
-PROGRAMS = ("first_contact.py", "wrk.lua", "load.py")
 
 
 class Case(NamedTuple):
@@ -73,10 +68,10 @@ CASES = (
 )
 
 
-def noise_image(seed: int, size: tuple[int, int]) -> Image.Image:
-    """Create an image of *size* (width, height) with smooth random colors."""
+def noise_image(seed: int, side: int) -> Image.Image:
+    """Create an image of *side* x *side* pixels with smooth random colors."""
     colors = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(colors).resize(size)
+    return Image.fromarray(colors).resize((side, side))
 
 
 def export_case(case: Case, target: Path) -> None:
@@ -97,7 +92,7 @@ def export_case(case: Case, target: Path) -> None:
         calibration = Path(folder, "images")
         calibration.mkdir()
         for number in range(CALIBRATION):
-            noise_image(number, (case.side, case.side)).save(calibration / f"{number}.png")
+            noise_image(number, case.side).save(calibration / f"{number}.png")
         int8 = {"calibrate": calibration, "int8_for": "tensorrt", "max_drop": 100.0}
         options = ExportOptions(
             detach=bool(network.training_only),
@@ -124,12 +119,6 @@ def main() -> None:
         if not list(target.glob("*/manifest.json")):
             export_case(case, target)
             print(f"{target}: written", file=sys.stderr, flush=True)
-    for name, (count, size) in JPEGS.items():
-        (folder / name).mkdir(exist_ok=True)
-        for number in range(count):
-            noise_image(number, size).save(folder / name / f"{number}.jpg")
-    for program in PROGRAMS:
-        shutil.copy(HERE / program, folder)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
 For each bundle and number: seconds until the server is ready, the answers to 500 small
 photographs at once, and for each kind of photograph and number of connections images/s, p50 and
 p99, the share of the time in which the GPU works and its memory (nvidia-smi), CPU ms per image.
-The load comes from wrk where it is installed, otherwise from four client processes. First, for
-each kind: the images/s that all cores decode when they do nothing else. Every result is written
-at once, as a JSON line; combinations that the file has are not measured again.
+The load comes from four client processes. First, for each kind: the images/s that all cores
+decode when they do nothing else. Every result is written at once, as a JSON line; combinations
+that the file has are not measured again.
 """
 
 import argparse
@@ -125,7 +125,6 @@ def measure(
                     "p99_ms": load.p99_ms,
                 }
                 row = {**fields, "photographs": kind, "connections": connections, **values}
-                row["client"] = load.client
                 yield {**row, "refused": load.refused, "cpu_ms": cpu_ms, **watch.stop()}
 
 
@@ -136,8 +135,8 @@ def write(result: Result, out: Path) -> None:
     print(json.dumps(result), file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    """Run from the command line."""
+def main() -> int:
+    """Run from the command line; return 1 if a server failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundles", nargs="+")
     parser.add_argument("--out", type=Path, required=True)
@@ -156,7 +155,9 @@ def main() -> None:
     done = {
         (line.get("bundle"), line.get("front_ends", line.get("decoding")))
         for line in map(json.loads, lines)
+        if "error" not in line
     }
+    failed = False
     with tempfile.TemporaryDirectory() as name:
         folders = {
             kind: write_images(
@@ -177,7 +178,9 @@ def main() -> None:
                 except (OSError, RuntimeError, httpx.HTTPError) as error:
                     row = {"bundle": bundle, "front_ends": front_ends, "error": str(error)}
                     write(row, arguments.out)
+                    failed = True
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,6 @@ import asyncio
 import ipaddress
 import itertools
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -44,7 +43,6 @@ class Load:
     p50_ms: float
     p99_ms: float
     codes: dict[str, int]
-    client: str = "load.py"
 
     @property
     def refused(self) -> int:
@@ -53,13 +51,10 @@ class Load:
 
 
 def put_loads(url: str, folder: Path, seconds: float, connections: int) -> Load:
-    """Put load with wrk where it is installed, otherwise from `CLIENTS` processes of this program.
+    """Put load from `CLIENTS` processes of this program, because one would be the limit of a fast server.
 
-    One process in Python would be the limit of a fast server, and several take much more of its
-    cores than wrk. The latencies of several processes are those of the median client.
+    The latencies are those of the median process.
     """
-    if wrk := shutil.which("wrk"):
-        return put_load_with_wrk(wrk, url, folder, seconds, connections)
     with ThreadPoolExecutor(CLIENTS) as pool:
         options = "--connections", connections // CLIENTS
         sent = [pool.submit(put_load, url, folder, seconds, *options) for _ in range(CLIENTS)]
@@ -71,38 +66,7 @@ def put_loads(url: str, folder: Path, seconds: float, connections: int) -> Load:
         p50_ms=statistics.median(load.p50_ms for load in loads),
         p99_ms=statistics.median(load.p99_ms for load in loads),
         codes=dict(sum((Counter(load.codes) for load in loads), Counter[str]())),
-        client=f"{CLIENTS} processes of load.py",
     )
-
-
-def put_load_with_wrk(
-    wrk: str, url: str, folder: Path, seconds: float, connections: int
-) -> Load:
-    """Run the program *wrk* with one thread; a run of a second before warms the server up."""
-    if not ipaddress.ip_address(str(urlsplit(url).hostname)).is_loopback:
-        raise SystemExit(f"{url}: must be a loopback address")
-    script = Path(__file__).with_name("wrk.lua")
-    files = map(str, sorted(folder.iterdir()))
-    command = [wrk, "--threads", "1", "--connections", str(connections), "--timeout", "60"]
-    command += ["--script", str(script)]
-
-    # wrk's durations are whole seconds.
-    durations = [round(WARM_UP_SECONDS), max(1, round(seconds))]
-    arguments = [url, "--", *files]
-    runs = []
-    for duration in durations:
-        done = subprocess.run(
-            [*command, "--duration", str(duration), *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=duration + START_SECONDS,
-        )
-        if done.returncode:
-            raise RuntimeError(f"no load on {url}: {done.stderr.strip().splitlines()[-1:]}")
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
-    runs[1]["all_answered"] += runs[0]["all_answered"]
-    return Load(**runs[1], client="wrk")
 
 
 def put_load(url: str, folder: Path, seconds: float, *options: object) -> Load:
