@@ -1,9 +1,8 @@
 """Throughput of sopdeploy compared with the bare runtime and, if available, with other servers.
 
-    python benchmarks/serving.py --quick python benchmarks/serving.py --peers FOLDER
-    --peers-python PYTHON --onnx FILE [--only litserve,mosec] python benchmarks/serving.py
-    --bundle BUNDLE --peers FOLDER --peers-python PYTHON --onnx FILE python
-    benchmarks/serving.py ... --case "gpu, 64" --only mosec,triton [--python triton=PYTHON]
+    python benchmarks/serving.py --quick
+    python benchmarks/serving.py --peers FOLDER --peers-python PYTHON --onnx FILE [--bundle BUNDLE]
+        [--only litserve,mosec] [--case "gpu, 64"] [--python triton=PYTHON]
 
 `batching`: a simulated accelerator that sleeps 20 + 10 n ms for n images, at most 8, with 32
 connections. `fast device`: 20 + 2 n ms, at most 32, 128 connections; decoding is the

@@ -1,7 +1,7 @@
 """The server of this project for `benchmarks/serving.py`, with a simulated runtime or with a bundle.
 
-python benchmarks/serving_ours.py --port 8000 --fake 20,10 --largest 8
-python benchmarks/serving_ours.py --port 8000 --bundle FOLDER --largest 8
+    python benchmarks/serving_ours.py --port 8000 --fake 20,10 --largest 8
+    python benchmarks/serving_ours.py --port 8000 --bundle FOLDER --largest 8
 """
 
 import argparse
