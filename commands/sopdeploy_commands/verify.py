@@ -10,6 +10,7 @@ from sopdeploy.base.config import StrictModel, parse_json
 from sopdeploy.bundle.folder import PROBES, Bundle
 from sopdeploy.bundle.golden import check_golden, read_golden
 from sopdeploy.bundle.manifest import describe_temperature
+from sopdeploy.bundle.onnx_root import check_graph_and_certificate
 from sopdeploy.bundle.probes import Probes, Replay, read_probes
 from sopdeploy.bundle.second_order import NOTHING, count_second_order
 from sopdeploy.bundle.statements import Statements, read_statements
@@ -17,7 +18,7 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_check, print_field
 from sopdeploy.errors import BundleError, amount
 from sopdeploy.images.decode import decode
-from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.inference.loader import load_bundle, open_in_time
 from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 
@@ -110,12 +111,18 @@ def verify(
         ParityError: An output deviates.
         RuntimeUnavailableError: No runtime of this machine can run the bundle.
     """
-    # A thorough load checks hashes, graph and certificate, and replays all probes.
+    # The hashes of all files, the graph and the certificate.
     chosen = settings or load_settings(runtime=runtime)
-    loaded = load_model(Path(bundle), chosen, thorough=True)
+    opened = open_in_time(Path(bundle), chosen)
+    onnx_root = check_graph_and_certificate(opened)
 
-    manifest = loaded.bundle.manifest
-    examples = read_golden(loaded.bundle)
+    # The signature, if one is required, and the reference outputs.
+    loaded = load_bundle(opened, chosen, thorough=True)
+    probes = read_probes(opened)
+    _check_tolerances(opened, probes)
+
+    manifest = opened.manifest
+    examples = read_golden(opened)
     output = manifest.outputs[0].name
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -139,41 +146,35 @@ def verify(
                 manifest.preprocess.decoding,
             )
 
-    probes = read_probes(loaded.bundle)
-    _check_tolerances(loaded.bundle, probes)
-
     return Verification(
-        bundle=loaded.bundle.name,
+        bundle=opened.name,
         id=manifest.id,
         model=manifest.model,
-        onnx_root=loaded.onnx_root,
-        second_order=_describe_second_order(loaded),
+        onnx_root=onnx_root,
+        second_order="" if onnx_root is None else _describe_second_order(opened),
         logits=describe_temperature(manifest.decision, manifest.temperature_scaling),
-        statements=read_statements(loaded.bundle),
+        statements=read_statements(opened),
         num_files=len(manifest.files),
         bytes=sum(record.bytes for record in manifest.files.values()),
         runtime=loaded.runtime.name,
         device=loaded.runtime.device,
         replays=tuple(loaded.replays.values()),
         golden=len(examples),
-        notes=_list_notes(loaded.bundle, probes),
+        notes=_list_notes(opened, probes),
     )
 
 
-def _describe_second_order(loaded: LoadedModel) -> str:
+def _describe_second_order(bundle: Bundle) -> str:
     """Say what the graph computes of second order, also if a detached network computes nothing of it.
 
-    Empty for other first-order networks, and if `onnx` is not installed.
+    Empty for other first-order networks.
     """
-    if loaded.onnx_root is None:
-        return ""
-
     import onnx
 
-    # The load has read it without errors, and has compared its hash.
-    model = onnx.ModelProto.FromString(loaded.bundle.onnx.read())
+    # It was read without errors before, and its hash was compared.
+    model = onnx.ModelProto.FromString(bundle.onnx.read())
     described = count_second_order(model).describe()
-    return described or (NOTHING if loaded.bundle.manifest.detached else "")
+    return described or (NOTHING if bundle.manifest.detached else "")
 
 
 def _check_tolerances(bundle: Bundle, probes: Probes) -> None:

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from sopdeploy.base.plugins import RUNTIMES
 from sopdeploy.bundle.folder import Bundle, open_bundle
-from sopdeploy.bundle.onnx_root import check_graph_and_certificate
 from sopdeploy.bundle.probes import (
     Outputs,
     Probes,
@@ -64,33 +63,40 @@ class LoadedModel:
 
     After a thorough load, the bundle has all its contents; otherwise it is `reduced`. `replays`
     maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
-    `onnx_root` is the root of the graph, if it was recomputed.
     """
 
     bundle: Bundle
     runtime: Runtime
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
-    onnx_root: str | None = None
 
 
-def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> LoadedModel:
+def load_model(path: Path, settings: Settings) -> LoadedModel:
     """Load the bundle at *path* and replay its probes, in the time that *settings* allow.
 
-    One of the probes runs alone, the others in batches of the largest size. With *thorough*,
-    all of them run in both ways, and the root of the graph is compared with the certificate; if
-    `onnx` is installed, it is recomputed first. On a CPU, this would be most of the start time
-    of a server.
+    One of the probes runs alone, the others in batches of the largest size.
 
     Raises `BundleError`, `RuntimeUnavailableError`, also for a load that takes too long,
     `ConfigError` for an invalid key file, and `ParityError`.
     """
-    reading = daemon_threads.start(partial(open_bundle, path))
-    return load_bundle(wait_in_time(reading, path, settings), settings, thorough=thorough)
+    return load_bundle(open_in_time(path, settings), settings)
+
+
+def open_in_time(path: Path, settings: Settings) -> Bundle:
+    """Open the bundle at *path* in the time that *settings* allow.
+
+    Raises `BundleError`, and `RuntimeUnavailableError` if it takes longer.
+    """
+    opening = daemon_threads.start(partial(open_bundle, path))
+    return wait_in_time(opening, path, settings)
 
 
 def load_bundle(bundle: Bundle, settings: Settings, *, thorough: bool = False) -> LoadedModel:
-    """Load *bundle*, which was read, as `load_model` does."""
+    """Load *bundle*, which was read, as `load_model` does.
+
+    With *thorough*, all probes run both alone and in batches. On a CPU, this would be most of the
+    start time of a server.
+    """
     return wait_in_time(_begin_load(bundle, settings, thorough=thorough), bundle.path, settings)
 
 
@@ -112,7 +118,6 @@ def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
     check_trust(bundle, settings)
     for refusal in describe_refusals(bundle):
         log.warning("%s: %s", bundle.name, refusal)
-    root = check_graph_and_certificate(bundle) if thorough else None
 
     with ExitStack() as stack:
         runtime = open_runtime(bundle, settings)
@@ -133,8 +138,10 @@ def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
 
     return LoadedModel(
         bundle=bundle if thorough else bundle.reduced(),
-        runtime=runtime, replays=replays, timings=tuple(timings), onnx_root=root,
-    )  # fmt: skip
+        runtime=runtime,
+        replays=replays,
+        timings=tuple(timings),
+    )
 
 
 def check_trust(bundle: Bundle, settings: Settings) -> None:
