@@ -2,6 +2,8 @@
 
     python benchmarks/serving_ours.py --port 8000 --fake 20,10 --largest 8
     python benchmarks/serving_ours.py --port 8000 --bundle FOLDER --largest 8
+
+It has two decoders and one thread of the runtime.
 """
 
 import argparse
