@@ -10,7 +10,7 @@ from sopdeploy.base.environment import import_optional
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import print_field
 from sopdeploy.errors import ConfigError, EngineError, RuntimeUnavailableError
-from sopdeploy.paths import check_is_checkpoint
+from sopdeploy.weights.files import check_is_checkpoint
 from sopdeploy_export.options import EngineOptions
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.predictions import describe_predictions, measure_predictions
-from sopdeploy.paths import check_is_checkpoint, what_is
+from sopdeploy.paths import what_is
+from sopdeploy.weights.files import check_is_checkpoint
 
 _MAX_ROWS = 50  # of a table; the page of a run and --json have all
 MAX_COLUMNS = 13  # with more, the terminal shows no confusion matrix

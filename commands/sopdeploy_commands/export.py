@@ -9,11 +9,12 @@ from sopdeploy.base.environment import SLOW_INT8, garbage_kept, lacks_vnni
 from sopdeploy.base.project import RUNS, file_project
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import print_check, print_field
-from sopdeploy.data.photos.any_images import ANY_IMAGES
-from sopdeploy.data.photos.files import check_takes_output, data_folder
+from sopdeploy.data.photos.files import ANY_IMAGES, data_folder
+from sopdeploy.data.photos.outputs import check_takes_output
 from sopdeploy.errors import CheckpointError, ConfigError
-from sopdeploy.paths import check_is_checkpoint, check_is_weights, needs_network
+from sopdeploy.paths import needs_network
 from sopdeploy.weights.class_names import read_class_names
+from sopdeploy.weights.files import check_is_checkpoint, check_is_weights
 from sopdeploy_commands.rules import read_preprocess
 from sopdeploy_export.options import ExportOptions, NetworkExportOptions
 from sopdeploy_export.user_network.import_path import check_builder

@@ -9,8 +9,8 @@ import pydantic
 from sopdeploy.base.config import Options
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import print_field
-from sopdeploy.paths import check_is_weights
 from sopdeploy.training.recipe_files import parse_override
+from sopdeploy.weights.files import check_is_weights
 
 if TYPE_CHECKING:
     from sopdeploy.weights.import_weights import ImportReport

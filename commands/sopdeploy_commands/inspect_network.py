@@ -12,7 +12,8 @@ from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import print_field
 from sopdeploy.errors import ConfigError, command_line_option, shorten
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.paths import check_is_weights, describe_wrong, what_is
+from sopdeploy.paths import describe_wrong, what_is
+from sopdeploy.weights.files import check_is_weights
 from sopdeploy_commands.rules import read_preprocess
 from sopdeploy_export.options import NetworkExportOptions, NetworkOptions
 from sopdeploy_export.user_network.import_path import check_builder

@@ -12,8 +12,9 @@ from sopdeploy.base.files import MAX_NAMES_BYTES, advise_on, read_text, writing
 from sopdeploy.base.names import class_problem
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import say
-from sopdeploy.data.photos.files import is_hidden, normalize
+from sopdeploy.data.photos.files import is_hidden
 from sopdeploy.data.photos.kept import NOT_OURS, kept_id
+from sopdeploy.data.photos.spelling import normalize
 from sopdeploy.errors import DataError, amount
 
 # Columns of the export: the image of a task, and the choice, as the server's records name them

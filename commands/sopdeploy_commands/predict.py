@@ -14,7 +14,7 @@ from rich.text import Text
 from sopdeploy.bundle.http_api import Classes, ClassProbability, Problem
 from sopdeploy.cli.command import as_data, command
 from sopdeploy.cli.console import out, plain_text, print_error, print_json
-from sopdeploy.data.photos.any_images import open_any_images
+from sopdeploy.data.photos.files import list_any_images
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images.decode import decode
 from sopdeploy.images.encode import (
@@ -193,8 +193,9 @@ def predict(
     sources: list[Any] = []
     for number, argument in enumerate(images if _are_several(images) else [images]):
         if isinstance(argument, str | Path) and Path(argument).is_dir():
-            files = open_any_images(Path(argument))
-            sources += [files.path(index) for index in range(len(files))]
+            sources += [
+                Path(argument, os.fsdecode(name)) for name in list_any_images(Path(argument))
+            ]
         else:
             with naming(name_image(argument, number), DataError):
                 check_is_image(argument)

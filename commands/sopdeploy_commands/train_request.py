@@ -12,10 +12,12 @@ import pydantic
 from sopdeploy.base.config import FieldValues, Options
 from sopdeploy.base.files import BEST, expand_user
 from sopdeploy.base.project import RUNS, Name, folder_project
-from sopdeploy.data.photos.files import check_takes_output, data_folder
+from sopdeploy.data.photos.files import ANY_IMAGES, data_folder
+from sopdeploy.data.photos.outputs import check_takes_output
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.paths import WeightPath, check_is_weights, describe_wrong, what_is
+from sopdeploy.paths import describe_wrong, what_is
 from sopdeploy.training.recipe_files import parse_override, read_values, select_by_name
+from sopdeploy.weights.files import WeightPath, check_is_weights
 
 if TYPE_CHECKING:
     from sopdeploy.training.recipe import Recipe
@@ -171,7 +173,7 @@ def read_request(
     """
     # They import numpy, which `train --help` does not need.
     from sopdeploy.data.folders.folder import open_folder
-    from sopdeploy.data.photos.any_images import ANY_IMAGES, open_unknown
+    from sopdeploy.data.photos.any_images import open_unknown
 
     # What a user may have mistyped, before torch is imported
     changes = read_changes(data, recipe, options, settings)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
-from sopdeploy.data.photos.files import check_takes_output
+from sopdeploy.data.photos.outputs import check_takes_output
 from sopdeploy.errors import ConfigError
 from sopdeploy.paths import is_output
 

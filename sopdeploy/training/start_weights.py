@@ -26,11 +26,11 @@ from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import CatalogModel, create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD, without_head
 from sopdeploy.models.timm_networks import TimmBackbone
-from sopdeploy.paths import WeightPath, check_is_file, check_is_weights
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.weights.checkpoint import COUNTER, Checkpoint
 from sopdeploy.weights.conversion import WeightFile
+from sopdeploy.weights.files import WeightPath, check_is_file, check_is_weights
 from sopdeploy.weights.import_weights import convert_weights, open_weights
 
 WeightSource = WeightPath | WeightFile | Checkpoint  # a file of weights, checked or opened

@@ -43,14 +43,9 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
-from sopdeploy.paths import (
-    CHECKPOINT_FORMAT,
-    MAX_WEIGHTS_BYTES,
-    WeightPath,
-    check_is_checkpoint,
-    weight_format,
-)
+from sopdeploy.paths import CHECKPOINT_FORMAT, MAX_WEIGHTS_BYTES, weight_format
 from sopdeploy.version import __version__
+from sopdeploy.weights.files import WeightPath, check_is_checkpoint
 from sopdeploy.weights.pickled import PLAIN_TYPES, StoredArray, check_pickles, distinct_values
 
 _VERSION = 1

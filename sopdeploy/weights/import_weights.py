@@ -22,7 +22,7 @@ from sopdeploy.base.plugins import IMPORTERS
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import list_models
-from sopdeploy.paths import CHECKPOINT_FORMAT, TORCH_MAGIC, WeightPath
+from sopdeploy.paths import CHECKPOINT_FORMAT, TORCH_MAGIC
 from sopdeploy.version import __version__
 from sopdeploy.weights.checkpoint import (
     WEIGHTS_ADVICE,
@@ -45,6 +45,7 @@ from sopdeploy.weights.conversion import (
     fit_tensors,
     make_row_wise,
 )
+from sopdeploy.weights.files import WeightPath
 from sopdeploy.weights.pytorch_projects import (
     convert_cifar_resnet,
     convert_gsop,

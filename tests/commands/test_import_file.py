@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from sopdeploy.errors import SopdeployError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.paths import check_is_weights
 from sopdeploy.weights.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from sopdeploy.weights.files import check_is_weights
 from sopdeploy.weights.import_weights import open_weights
 from sopdeploy_commands.app import app
 from tests.sopdeploy.weights.released import prefixed, state_of

@@ -16,7 +16,7 @@ from sopdeploy.data.folders.evaluation_images import open_evaluation_images
 from sopdeploy.data.folders.folder import open_folder
 from sopdeploy.data.folders.table import read_label_table
 from sopdeploy.data.photos.any_images import open_any_images
-from sopdeploy.data.photos.files import check_takes_output
+from sopdeploy.data.photos.outputs import check_takes_output
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy_commands.app import app
 from sopdeploy_commands.classify.sources import list_sources

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sopdeploy.paths import check_is_weights
 from sopdeploy.weights.conversion import WeightFile
+from sopdeploy.weights.files import check_is_weights
 from sopdeploy.weights.import_weights import convert_weights, open_weights
 from sopdeploy.weights.published import find_lite_weights
 

@@ -28,7 +28,6 @@ from sopdeploy.data.folders.table import read_label_table
 from sopdeploy.data.photos.any_images import open_any_images
 from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.paths import check_is_checkpoint, check_is_weights
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.recipe_files import parse_override, recipe_text
 from sopdeploy.weights.checkpoint import (
@@ -39,6 +38,7 @@ from sopdeploy.weights.checkpoint import (
     write_checkpoint,
 )
 from sopdeploy.weights.class_names import read_class_names
+from sopdeploy.weights.files import check_is_checkpoint, check_is_weights
 from sopdeploy.weights.pickled import distinct_values
 from sopdeploy.weights.timm_files import read_hub_config
 from sopdeploy_commands.promote import Promotion

@@ -9,15 +9,8 @@ import pytest
 from sopdeploy.base.files import GRAPH, LATEST, MANIFEST, POINTER, POINTER_ADVICE, read_text
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import BundleError, SopdeployError
-from sopdeploy.paths import (
-    CHECKPOINT_FORMAT,
-    PathKind,
-    Wanted,
-    check_is_checkpoint,
-    check_is_weights,
-    describe_wrong,
-    what_is,
-)
+from sopdeploy.paths import CHECKPOINT_FORMAT, PathKind, Wanted, describe_wrong, what_is
+from sopdeploy.weights.files import check_is_checkpoint, check_is_weights
 
 KINDS: dict[str, PathKind] = {
     "nowhere": "nothing",

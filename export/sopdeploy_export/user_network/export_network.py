@@ -11,7 +11,7 @@ from torch import nn
 
 from sopdeploy.base.project import check_project_name
 from sopdeploy.bundle.decision import Decision
-from sopdeploy.data.photos.files import check_takes_output
+from sopdeploy.data.photos.outputs import check_takes_output
 from sopdeploy.errors import CertificateError, ConfigError, DetachError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.admit.network import (

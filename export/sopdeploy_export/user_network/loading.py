@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sopdeploy.base.nearest import did_you_mean
 from sopdeploy.errors import WeightsError, first_line, shorten
-from sopdeploy.paths import check_is_weights
 from sopdeploy.weights.checkpoint import (
     COUNTERS,
     WEIGHTS_ADVICE,
@@ -23,6 +22,7 @@ from sopdeploy.weights.checkpoint import (
     read_pytorch,
     without_wrappers,
 )
+from sopdeploy.weights.files import check_is_weights
 
 _MAX_PREFIXES = 1_000  # that are tried for a table
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from sopdeploy.base.files import POINTER_ADVICE, is_pointer
 from sopdeploy.data.photos.contents import Contents
-from sopdeploy.data.photos.files import LABELS_FILE
+from sopdeploy.data.photos.parts import LABELS_FILE
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.signatures import (
     OF_DOCUMENTS,

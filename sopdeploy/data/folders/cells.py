@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sopdeploy.base.files import advise_on, read_file
-from sopdeploy.data.photos.files import lookalike_key
 from sopdeploy.data.photos.listed_images import ListedImages, find_by_name
+from sopdeploy.data.photos.spelling import lookalike_key
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.images.signatures import has_image_suffix
 

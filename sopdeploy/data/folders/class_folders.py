@@ -14,15 +14,14 @@ from sopdeploy.base.files import POINTER_ADVICE
 from sopdeploy.base.nearest import nearest_names
 from sopdeploy.data.folders.causes import advise_on_files, may_hold_photographs
 from sopdeploy.data.photos.contents import Contents
-from sopdeploy.data.photos.files import (
-    FOLDERS,
-    SUBFOLDERS,
+from sopdeploy.data.photos.parts import FOLDERS, SUBFOLDERS
+from sopdeploy.data.photos.photo import ImageFiles
+from sopdeploy.data.photos.spelling import (
     check_labels,
     describe_confusable,
     lookalike_key,
     normalize,
 )
-from sopdeploy.data.photos.photo import ImageFiles
 from sopdeploy.errors import amount, shorten
 from sopdeploy.images.limits import describe_formats
 from sopdeploy.images.signatures import count_suffixes, describe_suffixes

@@ -17,16 +17,14 @@ from sopdeploy.data.folders.layout import Layout, find_layout
 from sopdeploy.data.folders.libraries import detect_kind, open_part
 from sopdeploy.data.folders.table import check_has_classes, read_label_table
 from sopdeploy.data.photos.files import (
-    LABELS_FILE,
     Log,
     data_folder,
-    hint_at_spelling,
     list_subfolders,
     naming_all_undecodable,
-    normalize,
-    split_names,
 )
+from sopdeploy.data.photos.parts import LABELS_FILE, split_names
 from sopdeploy.data.photos.photo import ImageFiles, select_classes
+from sopdeploy.data.photos.spelling import hint_at_spelling, normalize
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.images.signatures import count_suffixes, note_skipped
 

@@ -30,14 +30,10 @@ from sopdeploy.data.folders.table import (
 )
 from sopdeploy.data.photos.contents import Contents, list_contents
 from sopdeploy.data.photos.file_checks import find_unreadable
-from sopdeploy.data.photos.files import (
-    TRAIN,
-    data_folder,
-    list_outputs,
-    naming_all_undecodable,
-    split_names,
-)
+from sopdeploy.data.photos.files import data_folder, naming_all_undecodable
 from sopdeploy.data.photos.kept import decides
+from sopdeploy.data.photos.outputs import list_outputs
+from sopdeploy.data.photos.parts import TRAIN, split_names
 from sopdeploy.data.photos.photo import ImageFiles, LabeledImages, Split, select_classes
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.signatures import count_suffixes, describe_skipped

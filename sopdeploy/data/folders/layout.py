@@ -27,17 +27,17 @@ from sopdeploy.data.folders.questions import doubt_folders, doubt_parts
 from sopdeploy.data.folders.table import UNSPLIT
 from sopdeploy.data.folders.table_search import find_listing_table, list_needed
 from sopdeploy.data.photos.contents import Contents, list_contents
-from sopdeploy.data.photos.files import (
+from sopdeploy.data.photos.files import list_subfolders
+from sopdeploy.data.photos.kept import check_is_labelled
+from sopdeploy.data.photos.parts import (
     FOLDERS,
     LABELS_FILE,
     find_parts,
     is_general,
-    list_subfolders,
-    normalize,
     part_folder,
     part_kind,
 )
-from sopdeploy.data.photos.kept import check_is_labelled
+from sopdeploy.data.photos.spelling import normalize
 from sopdeploy.errors import DataError
 
 Kind = Literal["official", "table", "part tables", "classes"]

@@ -17,7 +17,7 @@ from sopdeploy.base.config import parse_toml
 from sopdeploy.data.folders.class_folders import class_in_name
 from sopdeploy.data.folders.table_search import list_needed, list_tables
 from sopdeploy.data.photos.contents import Contents
-from sopdeploy.data.photos.files import (
+from sopdeploy.data.photos.parts import (
     FOLDERS,
     HELD_OUT,
     SUBFOLDERS,

@@ -26,17 +26,16 @@ from numpy.typing import NDArray
 
 from sopdeploy.base.project import AS_IT_IS, FolderReading
 from sopdeploy.data.folders.cells import GROUP, SEPARATOR, SPLIT, read_cells
-from sopdeploy.data.photos.files import (
-    TRAIN,
-    VAL,
+from sopdeploy.data.photos.files import list_images
+from sopdeploy.data.photos.listed_images import ListedImages
+from sopdeploy.data.photos.parts import TRAIN, VAL
+from sopdeploy.data.photos.photo import ImageFiles, can_leave_out
+from sopdeploy.data.photos.spelling import (
     check_labels,
     describe_confusable,
     hint_at_spelling,
-    list_images,
     normalize,
 )
-from sopdeploy.data.photos.listed_images import ListedImages
-from sopdeploy.data.photos.photo import ImageFiles, can_leave_out
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.signatures import count_suffixes
 

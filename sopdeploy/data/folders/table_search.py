@@ -16,14 +16,9 @@ from sopdeploy.data.folders.cells import (
     start_csv,
 )
 from sopdeploy.data.photos.contents import Contents
-from sopdeploy.data.photos.files import (
-    LABELS_FILE,
-    TRAINING,
-    is_general,
-    lookalike_key,
-    part_kind,
-)
 from sopdeploy.data.photos.listed_images import ListedImages, find_by_name
+from sopdeploy.data.photos.parts import LABELS_FILE, TRAINING, is_general, part_kind
+from sopdeploy.data.photos.spelling import lookalike_key
 from sopdeploy.errors import DataError
 
 PER_CLASS = 3  # rows that a class has on average

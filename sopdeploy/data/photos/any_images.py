@@ -5,24 +5,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sopdeploy.data.photos.files import data_folder, list_images, naming_all_undecodable
+from sopdeploy.base.files import expand_user
+from sopdeploy.data.photos.files import list_any_images
 from sopdeploy.data.photos.kept import SAMPLE_FOLDER, is_kept_as_unsure
 from sopdeploy.data.photos.photo import ImageFiles
-from sopdeploy.errors import DataError, amount
-from sopdeploy.images.signatures import count_suffixes, note_skipped
-
-ANY_IMAGES = "JPEG or PNG files, with or without subfolders"
+from sopdeploy.errors import amount
 
 
 def open_any_images(root: Path) -> ImageFiles:
     """Open all images below *root*, without their classes; raises `DataError` if there are none."""
-    root = data_folder(root, ANY_IMAGES)
-    with naming_all_undecodable(root):
-        listed, others = list_images(root)
-    note_skipped(root, count_suffixes(others))
-    paths = np.asarray(listed, dtype=np.bytes_)
-    if not len(paths):
-        raise DataError(f"{root}: holds no images; give a folder with {ANY_IMAGES}")
+    root = expand_user(root)
+    paths = np.asarray(list_any_images(root), dtype=np.bytes_)
     return ImageFiles(root, ("",), paths, np.zeros(len(paths), dtype=np.int64))
 
 

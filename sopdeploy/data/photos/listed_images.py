@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-from sopdeploy.data.photos.files import normalize
+from sopdeploy.data.photos.spelling import normalize
 from sopdeploy.errors import DataError
 from sopdeploy.images.signatures import has_image_suffix, is_image
 

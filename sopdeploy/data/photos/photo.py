@@ -22,7 +22,7 @@ from PIL import Image
 from sopdeploy.base.files import advise_on, read_file
 from sopdeploy.base.names import label_problem
 from sopdeploy.base.project import AS_IT_IS, FolderReading
-from sopdeploy.data.photos.files import normalize
+from sopdeploy.data.photos.spelling import normalize
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images.decode import decode, decode_upright
 from sopdeploy.images.formats import open_image

@@ -15,8 +15,8 @@ import torch
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import create_model
-from sopdeploy.paths import check_is_weights
 from sopdeploy.weights.conversion import choose_config, fit_tensors
+from sopdeploy.weights.files import check_is_weights
 from sopdeploy.weights.import_weights import convert_weights, open_weights
 from tests.sopdeploy.weights.released import (
     AVERAGE,

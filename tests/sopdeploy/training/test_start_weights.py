@@ -24,7 +24,6 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
-from sopdeploy.paths import check_is_weights
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import (
@@ -37,6 +36,7 @@ from sopdeploy.training.start_weights import (
 )
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights.checkpoint import load_plain, read_checkpoint
+from sopdeploy.weights.files import check_is_weights
 from sopdeploy.weights.import_weights import import_weights
 from sopdeploy.weights.published import PACKAGES
 from sopdeploy.weights.timm_files import LITE

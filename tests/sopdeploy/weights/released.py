@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.models.base import Classifier
-from sopdeploy.paths import check_is_weights
 from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.weights.files import check_is_weights
 from sopdeploy.weights.import_weights import ImportReport, import_weights
 from tests.sweep.goldens import numbers
 

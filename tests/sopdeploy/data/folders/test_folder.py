@@ -14,7 +14,7 @@ from sopdeploy.data.folders.evaluation_images import open_evaluation_images
 from sopdeploy.data.folders.folder import open_folder
 from sopdeploy.data.folders.questions import QuestionError
 from sopdeploy.data.photos.copies import group_photographs
-from sopdeploy.data.photos.files import FOLDERS
+from sopdeploy.data.photos.parts import FOLDERS
 from sopdeploy.data.photos.photo import Split
 from sopdeploy.data.photos.split import choose_held_out, divide
 from sopdeploy.data.sources import FolderConfig, open_data
