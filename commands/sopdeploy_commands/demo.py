@@ -257,7 +257,7 @@ def _show_answers(
 
 
 def expect(what: str, rate: Rate, least: float) -> None:
-    """Print *rate* with its interval; raises an error if it is below *least*."""
+    """Print the *rate* of right answers in the demo with its interval; raises an error if it is below *least*."""
     interval = f"95 % interval {100 * rate.low:.0f} to {100 * rate.high:.0f} %"
     say(f"{rate.right} of {rate.count} right: {what} {100 * rate.share:.1f} % ({interval})")
     if rate.share < least:

@@ -18,7 +18,7 @@ _WRITER_KEY = b"sopdeploy.written_by"
 
 
 def make_schema(columns: Mapping[str, Any]) -> Any:
-    """Build the schema of a parquet file with *columns* of format 1."""
+    """Build the schema of the parquet files that `classify` writes, with *columns*, of format 1."""
     import pyarrow as pa  # of an extra
 
     return pa.schema(columns, metadata={VERSION_KEY: str(VERSION), _WRITER_KEY: __version__})

@@ -57,7 +57,7 @@ log = logging.getLogger("sopdeploy.keep")
 
 
 def folder_name(label: str) -> str:
-    """Return the name of the folder of the class *label*, which may be any text.
+    """Return the name of the folder of kept photos of the class *label*, which may be any text.
 
     Characters that some systems refuse in names, and dots and spaces at the ends, become `%` and the
     hexadecimal digits of their bytes. A long name is cut, and ends with a hash of the whole name.

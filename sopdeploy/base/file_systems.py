@@ -146,7 +146,7 @@ def set_owner(path: Path, like: Path) -> None:
 
 
 def rename_file(file: int, source: Path, target: Path) -> None:
-    """Give *source*, which is open as *file*, the name *target*, and replace what has it; raises `OSError`.
+    """Rename *source*, which is open as *file*, to *target*, also in a network file system; raises `OSError`.
 
     A network file system that repeats a request whose answer was lost reports that *source*
     does not exist.

@@ -315,7 +315,7 @@ def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the probabilities (..., C) float64 of finite *logits* (..., C), without overflow."""
+    """Compute the probabilities of a decision from finite *logits* (..., C), float64, without overflow."""
     exponentials = logits.astype(np.float64)
     exponentials -= exponentials.max(axis=-1, keepdims=True)
     np.exp(exponentials, out=exponentials)

@@ -142,7 +142,7 @@ def _output_hashes(graph: "onnx.GraphProto", weights: memoryview) -> list[str]:
 
 
 def read_external(graph: "onnx.GraphProto", weights: memoryview) -> dict[str, memoryview]:
-    """Map the names of the constants of *graph* that are stored in *weights* to their content.
+    """Map the names of the constants of a bundle's *graph* that are stored in *weights* to their content.
 
     Raises `CertificateError` unless they are where `next_offset` says, and *weights* hold nothing else,
     and for a constant of an unknown type.
@@ -195,7 +195,7 @@ def weights_beside(bundle: Bundle, graph: "onnx.GraphProto") -> dict[str, memory
 
 
 def next_offset(end: int) -> int:
-    """Return where a weight begins in the file of weights if the one before it ends at *end*.
+    """Return where a weight begins in a bundle's file of weights if the one before it ends at *end*.
 
     The weights are in the order of the graph, and zeros lie between them.
     """
@@ -203,7 +203,7 @@ def next_offset(end: int) -> int:
 
 
 def num_bytes_of(tensor: "onnx.TensorProto") -> int:
-    """Return the bytes that the type and the shape of *tensor* need; raise `CertificateError` for an unknown type."""
+    """Return the size in bytes of the constant *tensor* of a bundle's graph; raises `CertificateError`."""
     from onnx import helper  # noqa: PLC0415 # a server runs without it
 
     try:

@@ -30,7 +30,7 @@ from sopdeploy.errors import BundleError
 
 @contextmanager
 def staging(destination: Path) -> Iterator[Path]:
-    """Yield an empty folder, hidden in *destination*; delete it at the end unless it was renamed.
+    """Yield an empty folder for a new bundle, hidden in *destination*; delete it at the end unless it was renamed.
 
     *destination* is created, and removed again if it stays empty. The folder is locked as long
     as this process uses it; folders that killed processes left are deleted. Raises `StorageError`
@@ -54,7 +54,7 @@ def seal(
     manifest_without_files: Mapping[str, Any],
     certificate: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Hash every file in *folder*, write the manifest and return it.
+    """Hash every file of the new bundle in *folder*, write its manifest and return it.
 
     The *certificate*, if it is given, is written before the manifest, which also lists it. Its
     `contents` is the hash of a manifest of all other files, and its `sha256` that of its other
@@ -86,7 +86,7 @@ def seal(
 
 
 def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
-    """Rename a sealed *folder* to `destination/<project>-<id>` and return the new path.
+    """Rename the *folder* of a sealed bundle to `destination/<project>-<id>` and return the new path.
 
     An identical bundle that already exists is kept and gets the time of *manifest*, unless it
     is signed. Then `destination/latest` is linked to the bundle. Raises `BundleError` if a

@@ -105,7 +105,7 @@ class SealedFile:
 
 
 def view_file(path: str | os.PathLike[str]) -> memoryview:
-    """Return the content of the file at *path* for reading, without a copy of it; raises `OSError`."""
+    """Return the content of a bundle's file at *path* for reading, without a copy of it; raises `OSError`."""
     with open(path, "rb") as file:  # noqa: PTH123
         if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
             return memoryview(b"")

@@ -134,7 +134,7 @@ def _import(module: str) -> Any:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of Python and numpy; afterwards, they are as before."""
+    """Seed the global generators of Python and numpy, which timm's augmentation uses; restore them at the end."""
     of_python = random.getstate()
     of_numpy = np.random.get_state()  # noqa: NPY002 - timm draws from it
     random.seed(seed)

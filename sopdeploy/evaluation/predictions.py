@@ -104,7 +104,7 @@ def measure_predictions(
 def describe_predictions(
     metrics: ClassificationReport | MultiLabelReport, which_images: str
 ) -> Section:
-    """Describe *metrics* by a sentence, the scores, and tables, the worst classes first.
+    """Describe the *metrics* of an evaluation by a sentence, the scores, and tables, the worst classes first.
 
     The sentence *which_images* says which images they are of.
     """

@@ -322,7 +322,7 @@ class SparseGate(nn.Module, ExportHints):
 
 
 def rank(logits_BN: Tensor) -> Tensor:
-    """Rank the logits of each row as int32 (B, N): 0 is the largest, ties by lower index.
+    """Rank the logits of each gate as int32 (B, N): 0 is the largest, ties by lower index.
 
     All N^2 pairs are compared, so that ties do not depend on a runtime's sort and the exported
     graph has no data-dependent shape.

@@ -430,7 +430,7 @@ def find_labels(content: Any) -> tuple[str, ...] | None:
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Check that *tensors* are dense, real and not too large in total; raises `WeightsError`.
+    """Check that the *tensors* of a weight file are dense, real and not too large in total; raises `WeightsError`.
 
     Returns a copy of the mapping. With strides of 0, a few bytes can declare a tensor of any
     shape.

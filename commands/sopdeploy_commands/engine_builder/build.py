@@ -23,7 +23,7 @@ MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy *model* with uint8 images cast to float32 before the operators that move them or read their shape.
+    """Copy *model* for TensorRT: uint8 images become float32 before operators that move them or read their shape.
 
     TensorRT accepts uint8 only for network inputs. The result is the same, because casts
     commute with operators that only move values. The copy is unchanged if the images are not
@@ -75,7 +75,7 @@ def parse_and_build(
     report: Report,
     weights: Mapping[str, memoryview] | None = None,
 ) -> bytes:
-    """Build a plan of *graph* for *profiles* in *workspace* bytes; *report* receives the progress.
+    """Build TensorRT's plan of *graph* for *profiles* in *workspace* bytes; *report* receives the progress.
 
     *weights* are those that are not in *graph*, by their names. Raises `EngineError` with TensorRT's own
     message if the graph cannot be parsed or built, and `KeyboardInterrupt` after Ctrl-C.
@@ -142,7 +142,7 @@ def _parser_error(parser: Any) -> str:
 
 @contextmanager
 def interrupts_recorded() -> Iterator[threading.Event]:
-    """Give an event that Ctrl-C sets in the block; raise `KeyboardInterrupt` at its end only.
+    """Yield an event that Ctrl-C sets while an engine is built; raise `KeyboardInterrupt` at the end only.
 
     Otherwise, it would be raised in a callback, whose caller is TensorRT's C++ code.
     """
@@ -166,7 +166,7 @@ def interrupts_recorded() -> Iterator[threading.Event]:
 
 
 def make_monitor(trt: Any, report: Report, interrupt: threading.Event) -> Any:
-    """Create a progress monitor that calls *report* and ends the build after an *interrupt*."""
+    """Create TensorRT's progress monitor, which calls *report* and ends the build after an *interrupt*."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined, unused-ignore]
         """Report every step."""

@@ -155,7 +155,7 @@ def replay_probes(
     key: EngineKey,
     accepted_errors: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Replay, ...]:
-    """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
+    """Run the bundle's probes on the TensorRT engine in *plan*, at the smallest and largest batch of every profile.
 
     Batches of different profiles alternate: a context must not disturb another one. The replays
     have the bundle's tolerances, or *accepted_errors* if these are larger.

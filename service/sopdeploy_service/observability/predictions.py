@@ -84,7 +84,7 @@ class DailyShares:
 
 
 def describe_shares(last_day: PredictedShares, before: PredictedShares) -> Iterator[str]:
-    """Describe the shares that differ most from those *before*, in percent, after that of unknown images."""
+    """Describe the shares of predicted classes that differ most from those *before*, in percent."""
     yield f"{last_day.num_images:,} images in 24 h, {before.num_images:,} in 7 days before"
     yield _compare("unknown", last_day.unknown, before.unknown)
 

@@ -56,7 +56,7 @@ class Profile(StrictModel):
 
 
 def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
-    """Parse `1,8,32` to one profile per size; without *text*, use the sizes of *batch*.
+    """Parse `1,8,32` to one TensorRT profile per size; without *text*, use the sizes of *batch*.
 
     Each profile covers the batches from the previous size plus one up to its size. Raises
     `ConfigError` if a size is not a number or outside the range that the bundle was verified
@@ -148,7 +148,7 @@ class StoredEngine(NamedTuple):
 
 
 def key_fields(bundle: Bundle, tensorrt: str, gpu: Gpu) -> dict[str, str]:
-    """Return the fields of a key that *bundle* and the machine decide."""
+    """Return the fields of an engine's key that *bundle* and the machine decide."""
     return {
         "bundle": bundle.name,
         "bundle_onnx": _graph_sha256(bundle),
@@ -246,7 +246,7 @@ def _describe_differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str
 
 
 def read_records(folder: Path) -> list[EngineRecord]:
-    """Read every valid record in *folder* that has the name of its key, sorted by file name."""
+    """Read the valid records of engines in *folder* that have the name of their key, sorted by file name."""
     records = []
 
     for path in sorted(folder.glob("*.json")):

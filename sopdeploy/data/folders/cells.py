@@ -46,7 +46,7 @@ MAX_SAMPLED = 30  # rows that tell what a column lists
 
 
 def is_table(name: str) -> bool:
-    """Tell whether the file *name* may be a table."""
+    """Tell whether the file *name* may be a table of labels."""
     return name.lower().endswith(SEPARATED)
 
 
@@ -200,7 +200,7 @@ class CsvStart(NamedTuple):
 
 
 def start_csv(text: str) -> CsvStart:
-    """Find the separator of the CSV file *text*, and add a heading if it has none.
+    """Find the separator of the CSV file of labels *text*, and add a heading if it has none.
 
     The separator is that of a first line `sep=;`, or the most frequent one in the heading. If the
     first of two columns begins with the name of an image, there is no heading.

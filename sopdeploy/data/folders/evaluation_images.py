@@ -205,7 +205,7 @@ def holds_classes(root: Path) -> bool:
 
 @cache
 def class_aliases() -> dict[str, str]:
-    """Map the WordNet ID of each ImageNet class to the name that published weights have, and back."""
+    """Map the WordNet IDs that name ImageNet's class folders to the class names of published weights, and back."""
     text = (
         resources.files("sopdeploy.data.folders")
         .joinpath("imagenet_classes.txt")

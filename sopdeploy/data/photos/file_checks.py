@@ -23,7 +23,7 @@ _Result = TypeVar("_Result")
 
 
 def map_threaded(function: Callable[[int], _Result], count: int) -> Iterator[_Result]:
-    """Yield *function*(0) to *function*(count - 1) in order, computed by one thread per core."""
+    """Yield *function*(0) to *function*(count - 1), of images by number, computed by one thread per core."""
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     with ThreadPoolExecutor(usable_cores()) as pool:
         for results in pool.map(lambda chunk: [function(index) for index in chunk], chunks):

@@ -86,7 +86,10 @@ class FittedPixels:
 
 
 def shared_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Create an array of zeros that this process and those that it forks share; pages exist when used."""
+    """Create an array of zeros for images, which the loader processes that are forked later share.
+
+    Its memory exists page by page, when it is used.
+    """
     memory = mmap.mmap(-1, max(1, math.prod(shape)))
     return np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape)
 

@@ -15,7 +15,7 @@ from sopdeploy.errors import DataError
 
 
 def normalize(name: str) -> str:
-    """Return *name* in the encoding that all its spellings on file systems share (NFC)."""
+    """Return the *name* of a file or class in the encoding that all its spellings share (NFC)."""
     return unicodedata.normalize("NFC", name)
 
 

@@ -111,7 +111,7 @@ def choose_held_out(
 
 
 def record_choice(choice: Choice, hashes: NDArray[np.int64]) -> Record:
-    """Record *choice* by the *hashes* (N,) of the files; empty if they are unknown."""
+    """Record the held-out images of *choice* by the *hashes* (N,) of their files; empty if they are unknown."""
     if not len(hashes):
         return np.zeros((0, 2), np.int64)
     return np.unique(np.stack([hashes, choice], axis=1)[choice != NONE], axis=0)
