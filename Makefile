@@ -135,7 +135,7 @@ pictures: $(STAMP)  ## create the screenshots and the chart of the README; needs
 	$(BIN)/python docs/generate_pictures.py
 
 site: $(STAMP)  ## build docs/ as a site; open build/site/index.html
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 # In its own environment, which also sees the packages of $(PYTHON), such as torch: a GPU server may have no package
 # index. The .pth file is for a $(PYTHON) that is itself a virtual environment. Before Python 3.12, `venv` adds an old

@@ -2,9 +2,10 @@
 and options in code do not break."""
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
+
+from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 LAST = "Measured"  # a tab of mkdocs.yml
@@ -23,11 +24,9 @@ NAME = re.compile(r"<code>([^\s<]{1,32})</code>")  # in the HTML of a page
 BLOCK = re.compile(r"<pre>.*?</pre>", re.DOTALL)
 OPTION = re.compile(r"(<[^>]*>)|(?<![\w-])(--?[a-zA-Z][\w-]*)")  # a tag, or an option
 
-linked: set[str] = set()
 
-
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Set the rank of *page* in the search, and replace links to files of the checkout."""
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Set the rank of *page* in the search, and put the files of the checkout that it links on the site."""
     is_last = any(section.title == LAST for section in page.ancestors)
     page.meta["search"] = {"boost": 0.01 if is_last else RANK.get(page.file.src_uri, 1)}
     source = Path(page.file.abs_src_path)
@@ -37,8 +36,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         target = (source.parent / link[0]).resolve()
         if target.is_relative_to(pages) or not target.is_file():
             return link[0]
-        linked.add(target.relative_to(ROOT).as_posix())
-        return link[1]  # the folder `docs` is the root of the site
+
+        # The folder `docs` is the root of the site. Only pages of `docs` are converted to HTML.
+        place = link[1] + (".txt" if target.suffix == ".md" else "")
+        if files.get_file_from_path(place) is None:
+            files.append(File.generated(config, place, abs_src_path=str(target)))
+        return place
 
     return LINK.sub(lead_to_copy, markdown)
 
@@ -51,11 +54,3 @@ def on_page_content(html: str, **_: Any) -> str:
 
 def _mark_option(match: re.Match[str]) -> str:
     return match[1] or f'<span class="name">{match[2]}</span>'
-
-
-def on_post_build(config: Any) -> None:
-    """Copy the linked files."""
-    for file in linked:
-        target = Path(config.site_dir, file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / file, target)
