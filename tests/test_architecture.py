@@ -85,6 +85,7 @@ def test_a_release_raises_the_version_in_each_file_that_states_it() -> None:
         if "tests" not in path.relative_to(ROOT).parts
         and stated.search(path.read_text(encoding="utf-8"))
     }
+
     assert len(stating) > 5
     assert stating - raised == {"pyproject.toml"}  # which the release changes itself
 
@@ -92,6 +93,7 @@ def test_a_release_raises_the_version_in_each_file_that_states_it() -> None:
 def test_dunder_all_names_exactly_the_lazy_exports() -> None:
     assert sopdeploy.__all__ == sorted(sopdeploy.__all__)
     assert all(getattr(sopdeploy, exported) is not None for exported in sopdeploy.__all__)
+
     lazy = set(sopdeploy.__all__) - {"__version__"}
     assert all(getattr(sopdeploy, exported).__doc__[0].isupper() for exported in lazy)
     assert lazy <= set(dir(sopdeploy))  # for completion
@@ -136,6 +138,7 @@ def test_the_words_of_suggested_commands_are_quoted(package: str) -> None:
                     unquoted.append(
                         f"{path.relative_to(ROOT)}:{text.lineno}: {ast.unparse(part.value)}"
                     )
+
     assert unquoted == []
 
 
@@ -154,6 +157,7 @@ def test_a_handler_of_every_exception_says_why(package: Path) -> None:
 def test_the_counts_of_the_models_page_are_up_to_date() -> None:
     generate = module_at(ROOT / "docs" / "generate_models.py")
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
     assert page == generate.models_page(), "run `make docs`"
 
 
@@ -184,6 +188,7 @@ def test_every_link_and_every_file_that_a_page_names_exists(page: Path) -> None:
         assert linked.exists(), target
         assert not anchor or anchor in anchors(linked), target
     named = MENTION.findall(text) if page.name != "CHANGELOG.md" else []
+
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
@@ -191,6 +196,7 @@ def test_the_page_of_the_architecture_has_the_floors_of_the_contracts_and_fits_a
     None
 ):
     page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+
     assert page == module_at(ROOT / "docs" / "generate_floors.py").architecture_page(), (
         "run `make docs`"
     )
@@ -211,6 +217,7 @@ def imports_of(path: Path) -> set[str]:
 def test_one_module_decides_which_names_are_alike() -> None:
     paths = [path for folder in PACKAGES.values() for path in sorted(folder.rglob("*.py"))]
     found = [name(path) for path in paths if "difflib" in imports_of(path)]
+
     assert found == ["sopdeploy/base/nearest.py"]
 
 
@@ -218,6 +225,7 @@ def test_one_module_decides_which_names_are_alike() -> None:
 def test_no_file_of_the_project_is_ignored_which_a_wheel_would_lack() -> None:
     command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+
     assert found.stdout.splitlines() == []
 
 
@@ -227,6 +235,7 @@ def test_the_ground_imports_no_other_room() -> None:
         name(path): imports_of(path) & others
         for path in sorted(PACKAGES["sopdeploy"].rglob("*.py"))
     }
+
     assert {path: rooms for path, rooms in found.items() if rooms} == {}
 
 
@@ -241,6 +250,7 @@ def test_a_child_process_of_a_test_imports_the_packages_of_this_checkout(
     found = subprocess.run(
         command, cwd=tmp_path, env=paths, capture_output=True, text=True, check=True
     )
+
     assert found.stdout.splitlines() == [
         str(folder / "__init__.py") for folder in PACKAGES.values()
     ]
@@ -252,6 +262,7 @@ def test_the_stub_of_the_package_has_the_lazy_names_at_their_places() -> None:
     typed = {alias.asname: str(node.module) for node in imports for alias in node.names}
     others = {"__version__": "sopdeploy.version", "layers": "sopdeploy"}
     assert typed == sopdeploy._MODULES | others
+
     for exported, module in sopdeploy._MODULES.items():
         public = getattr(sopdeploy, exported)  # checks arguments before it calls the other one
         assert inspect.unwrap(public) is inspect.unwrap(
@@ -271,6 +282,7 @@ def test_the_files_of_the_three_stories_exist() -> None:
     page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     story = page.partition("## Three stories")[2].partition("\n## Where")[0]
     named = re.findall(r"`([\w/]+/\w+\.py)`", story)
+
     assert len(named) > 20
     assert [
         path for path in named if not any((ROOT / root / path).is_file() for root in ROOTS)
@@ -308,6 +320,7 @@ def test_modules_do_not_import_heavy_packages(modules: tuple[str, ...]) -> None:
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
+
     assert found.stdout.strip() == "[]"
 
 
@@ -328,6 +341,7 @@ def test_the_exporter_imports_no_network_of_a_paper() -> None:
         found for module, found in imports().items() if module.startswith("sopdeploy_export")
     )
     models = {name for name in set().union(*ours) if name.startswith("sopdeploy.models")}
+
     assert models == {
         "sopdeploy.models.backbones.base",
         "sopdeploy.models.base",

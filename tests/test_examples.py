@@ -39,6 +39,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_the_page_and_the_readme_lead_to_every_example() -> None:
     page = text_of("docs/index.md")
     files = [path for path in FOLDER.rglob("*") if path.suffix in {".py", ".ipynb"}]
+
     assert len(files) >= 5
     assert [
         path
@@ -129,6 +130,7 @@ def test_an_own_network_is_exported_with_proof_twice(tmp_path: Path) -> None:
     for _ in range(2):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout.startswith("trained = detached = plain")
+
     assert (tmp_path / "bundles" / "latest" / "model.onnx").is_file()
 
 
@@ -155,4 +157,5 @@ def test_the_notebook_runs_from_the_first_to_the_last_cell_twice(
                 exec(compile(cell, "photographs.ipynb", "exec"), names)  # noqa: S102
         assert names["right"] >= 8
         assert sum(answer.known is False for answer in names["answers"]) >= 8
+
     assert "trained = plain" in capsys.readouterr().out

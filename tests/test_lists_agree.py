@@ -114,6 +114,7 @@ def test_an_answer_has_the_same_fields_everywhere() -> None:
     ranked = {"classes" if name == "ranked" else name for name in Answer._fields}
     assert ranked == fields - DECODING
     assert fields - ON_REQUEST <= set(COLUMNS)
+
     cells = set(CsvRow.__annotations__)
     assert cells == fields - ON_REQUEST - NOT_IN_CSV | {
         "image",
@@ -121,6 +122,7 @@ def test_an_answer_has_the_same_fields_everywhere() -> None:
         "probability",
         "error",
     }
+
     # The page of a server saves the same file.
     script = (PACKAGES["sopdeploy_service"] / "api" / "pages" / "index.js").read_text("utf-8")
     (columns,) = re.findall(r"const columns = (\[.*\]);", script)
@@ -133,6 +135,7 @@ def test_an_answer_and_its_row_are_described_with_all_fields() -> None:
     http_page = (DOCS / "http.md").read_text(encoding="utf-8")
     assert {name for name in fields if f"`{name}`" not in described} == set()
     assert {name for name in fields if f'"{name}"' not in http_page} - ON_REQUEST == set()
+
     columns = first_column("docs/batch.md", "| column | content |")
     assert columns == {*COLUMNS, "logits", "features"}
 
@@ -193,6 +196,7 @@ def test_the_page_of_limits_has_every_error_of_an_image_with_its_status() -> Non
     named = {
         (code, int(status)) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)
     }
+
     assert set(child.ERRORS) - named == set()
 
 
@@ -423,6 +427,7 @@ def test_each_alert_has_a_test_and_a_row_on_its_page() -> None:
         path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "deploy").glob("*.yaml")
     )
     alerts = {*re.findall(r"- alert: (\w+)", chart.read_text(encoding="utf-8"))}
+
     assert alerts == {*re.findall(r'alertname="(\w+)"', tests)}
     assert alerts == first_column("docs/monitoring.md", "| alert | meaning | what to do |")
 
@@ -476,6 +481,7 @@ def test_a_decoder_can_reply_with_every_error_of_an_image() -> None:
             if isinstance(node, ast.Call) and is_error:
                 values = {each.arg: ast.literal_eval(each.value) for each in node.keywords}
                 raised.add((values["code"], values["status"]))
+
     assert raised <= set(child.ERRORS)
     assert {code for code, _ in set(child.ERRORS) - raised} == {
         child.TOO_MUCH_MEMORY,
@@ -491,7 +497,9 @@ def test_a_decoder_can_reply_with_every_warning() -> None:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "conversions"
     ]
     assert isinstance(changes, ast.Dict)
+
     names = {ast.literal_eval(key) for key in changes.keys if key is not None}
     assert names | {"first_frame_only"} == set(child.WARNINGS)
+
     documented = Classes.__doc__ or ""
     assert [name for name in child.WARNINGS if f"`{name}`" not in documented] == []

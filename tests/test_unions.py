@@ -133,6 +133,7 @@ def test_the_page_of_recipes_has_a_table_of_the_options_of_each_union() -> None:
     tables = module_at(ROOT / "docs" / "generate_operations.py").TABLES_WITH_KIND
     described_as_formats = {"DataConfig"}  # in `photos.md` and `train.md`
     of_recipes = {*USES, "Pooling"} - described_as_formats
+
     assert [UNIONS[name] for name in of_recipes if UNIONS[name] not in tables.values()] == []
 
 
@@ -140,4 +141,5 @@ def test_the_page_of_recipes_has_a_table_of_the_options_of_each_union() -> None:
 def test_a_page_about_training_names_each_kind(name: str) -> None:
     pages = [text_of(f"docs/{page}.md") for page in ("recipes", "photos", "train")]
     named = {code for page in pages for code in re.findall(r"`([^`\n]+)`", page)}
+
     assert set(kinds_of(UNIONS[name])) - named == set()

@@ -104,6 +104,7 @@ def test_every_command_documents_its_options_and_shows_an_example(
 def test_without_a_command_and_with_help_all_commands_are_listed() -> None:
     for arguments in ((), ("--help",), ("-h",)):
         result = sopdeploy_cli(*arguments)
+
         assert (result.exit_code, result.stderr) == (0, "")
         assert re.findall(r"^  ([a-z-]+) +[a-z]", result.stdout, re.MULTILINE) == list(
             COMMANDS.commands
@@ -335,6 +336,7 @@ BELOW_A_FILE = {
 def test_an_output_that_cannot_be_written_has_one_code_for_all_commands(command: str) -> None:
     Path("file").write_text("mine")
     result = sopdeploy_cli(*BELOW_A_FILE[command].split())
+
     assert (result.exit_code, result.stderr[-14:]) == (2, " [no_storage]\n"), result.output
     assert result.stderr.count("\n") == 1
     assert "file/" in result.stderr
@@ -356,6 +358,7 @@ def test_errors_print_their_code_and_return_it_as_json() -> None:
 def test_a_wrong_command_line_is_json_too(words: str) -> None:
     result = sopdeploy_cli(*words.split(), "--json")
     error = json.loads(result.stdout)["error"]
+
     assert (result.exit_code, error["code"]) == (2, "wrong_value")
     assert f"error: {error['message']} [wrong_value]\n" == result.stderr
 
@@ -414,6 +417,7 @@ def test_markup_in_external_text_is_printed_literally(
     print_error(text, "x[y]")
     print_field("label", text)
     captured = capsys.readouterr()
+
     assert (captured.err, captured.out) == (f"error: {text} [x[y]]\n", f"label    {text}\n")
 
 
@@ -421,6 +425,7 @@ def test_markup_in_external_text_is_printed_literally(
 def test_external_text_is_one_line_without_control_characters(text: str) -> None:
     expected = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     printed = plain_text(text).plain.translate(dict.fromkeys(map(ord, "\u2068\u2069")))
+
     assert " ".join(printed.split()) == expected
     assert printed.isprintable()
 
@@ -525,6 +530,7 @@ def test_a_row_of_a_table_is_one_line_in_a_pipe(
 ) -> None:
     names = ["photographs-of-the-second-week-3f6c01d2a4b7" * 5, "b"]
     print_table(("bundle", "accuracy"), [(name, "98.7 %") for name in names])
+
     assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
         [name, "98.7", "%"] for name in names
     ]

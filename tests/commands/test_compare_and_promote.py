@@ -143,6 +143,7 @@ BOUNDS = {
 def test_a_bundle_passes_if_the_tolerance_is_hardly_lost(counts: tuple[int, int, int]) -> None:
     images, wins, losses = counts
     low = bound_difference(wins, losses, images, -1.0, Z_90)
+
     assert (low >= -narrow_tolerance(5.0, images) / 100) is BOUNDS[counts]
 
 
@@ -541,6 +542,7 @@ def test_the_way_back_reads_lines_of_other_versions(
     promote(shelf / bundles[1].name, shelf / "live")
     first, line = log_of(shelf)
     (shelf / LOG).write_text(f"{json.dumps(first)}\n{json.dumps(line | changes)}\n")
+
     assert promote(back=shelf / "live").after == bundles[0].name
 
 

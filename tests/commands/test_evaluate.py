@@ -190,6 +190,7 @@ def test_intervals_are_those_of_independent_groups(stored, tmp_path) -> None:
     # The folders in a class show one object each
     make(tmp_path / "val", a__one=3, a__two=3, b=4)
     figures = measured(stored, tmp_path / "val")
+
     assert figures.top1 == Rate.of(figures.top1.right, 10, 100 / 22)
     assert figures.top5.low == Rate.of(10, 10, 100 / 22).low
     assert [one.recall for one in figures.classes] == [
@@ -244,6 +245,7 @@ def score(target: int, *probabilities: float) -> ImageScore:
 def test_a_report_on_four_images_computed_by_hand() -> None:
     rows = [(0, 0.7, 0.2, 0.1), (0, 0.3, 0.6, 0.1), (1, 0.1, 0.8, 0.1), (2, 0.5, 0.3, 0.2)]
     found = classification_report(LABELS, [score(*row) for row in rows])
+
     assert (found.count, found.top1.right, found.top1.share, found.top5.share) == (
         4,
         2,
@@ -263,6 +265,7 @@ def test_a_report_on_four_images_computed_by_hand() -> None:
 
 def test_a_probability_of_0_has_a_finite_loss() -> None:
     report = classification_report(("a", "b"), [ImageScore(1, (0, 1), 1.0, 0.0)])
+
     assert report.log_loss == pytest.approx(708.4, abs=0.1)
     with pytest.raises(DataError, match="no images"):
         classification_report(LABELS, [])

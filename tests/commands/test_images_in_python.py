@@ -221,4 +221,5 @@ def test_a_picture_that_is_cut_off_is_an_error_of_that_image(
 def test_files_are_sent_unchanged(tmp_path: Path) -> None:
     body = FILES["JPEG turned by 6"]
     (tmp_path / "a.jpg").write_bytes(body)
+
     assert encode_image(tmp_path / "a.jpg") == encode_image(io.BytesIO(body)) == body

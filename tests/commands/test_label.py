@@ -75,6 +75,7 @@ WRONG = {
 @pytest.mark.parametrize("text", WRONG.values(), ids=WRONG)
 def test_nothing_moves_if_a_label_cannot_be_the_name_of_a_folder(kept: Path, text: str) -> None:
     before = files(".")
+
     with pytest.raises(DataError, match="line 3"):
         label(export(_0="dog", _1=text), kept)
     assert files(".") == before | {"project-1.csv": "."}

@@ -31,5 +31,6 @@ def test_a_command_for_one_process_shows_its_result_and_its_exit_code(name: str)
 def test_training_names_a_variable_that_is_not_a_number() -> None:
     words = ["train", "--recipe", "digits-dsop"]
     found = CliRunner().invoke(app, words, env=VARIABLES["no number"])
+
     assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
     assert "WORLD_SIZE='many'" in found.stderr

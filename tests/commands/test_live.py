@@ -90,6 +90,7 @@ def test_another_bundle_is_not_served_if_the_live_one_is_damaged(
 ) -> None:
     record(folder, versions[1])
     (versions[1] / "probes.npz").unlink()
+
     assert served(folder) == []
     with pytest.raises(BundleError, match=f"not promoted, {versions[1].name}"):
         find_bundles([folder], lambda _, path, manifest: read_files(path, manifest))
@@ -100,6 +101,7 @@ def test_other_projects_of_the_folder_are_served_as_before(
 ) -> None:
     other = write_bundle(folder, project="hats", exported_at=DAYS[3])
     record(folder, versions[0])
+
     assert set(served(folder)) == {other.name, versions[0].name}
 
 
@@ -134,6 +136,7 @@ def test_every_command_means_the_live_bundle_by_latest(
 ) -> None:
     record(folder, versions[1])
     record(folder, versions[2], refused=True)
+
     assert COMMANDS[command](folder) == versions[1].name
 
 
@@ -176,6 +179,7 @@ def test_the_page_of_runs_lists_every_bundle(folder: Path, versions: list[Path])
     Path("runs").mkdir()
     write_runs_page()
     page = Path("runs/index.html").read_text("utf-8")
+
     assert all(path.name in page for path in versions)
 
 

@@ -97,6 +97,7 @@ def test_predict_notices_a_missing_image_before_it_loads_the_network(
     monkeypatch.setattr("sopdeploy_commands.predict.load_model", None)
     (tmp_path / "a.jpg").write_bytes(jpeg)
     (tmp_path / "folder").mkdir()
+
     for name, reason in {"b.jpg": "cannot be read", "folder": "holds no images"}.items():
         with pytest.raises(DataError, match=f"{name}: {reason}"):
             predict(bundle_path, [tmp_path / "a.jpg", tmp_path / name])
@@ -104,6 +105,7 @@ def test_predict_notices_a_missing_image_before_it_loads_the_network(
 
 def test_verify_reports_the_files_and_the_replays_at_two_batch_sizes(bundle_path, bundle):
     report = verify(bundle_path, ONE_THREAD)
+
     assert (report.bundle, report.id) == (bundle_path.name, bundle.manifest.id)
     assert (report.num_files, report.device) == (13, "cpu")
     assert [(entry.batch, entry.num_images) for entry in report.replays] == [(1, 3), (3, 3)]
@@ -221,6 +223,7 @@ def test_without_onnx_verify_says_that_the_root_was_not_recomputed(
 
 def test_verify_and_bench_reject_other_outputs_and_probes_that_prove_nothing(tmp_path):
     wrong = write_bundle(tmp_path, wrong_by=0.01)
+
     for command in (verify, timing.bench):
         with pytest.raises(ParityError, match=r"deviates by 0\.01"):
             command(wrong, settings=ONE_THREAD)
@@ -350,6 +353,7 @@ def test_a_bundle_is_timed_at_every_batch_size(
 ) -> None:
     monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.01)
     found = timing.bench(bundle_path, batch="1,2", settings=load_settings(threads=1))
+
     assert [row.batch for row in found.latencies] == [1, 2]
     assert all(row.num_runs >= timing.MIN_RUNS for row in found.latencies)
     assert (found.precision, found.threads) == ("fp32", 1)
@@ -473,5 +477,6 @@ def test_the_cell_that_a_class_depends_on_is_counted_from_one(capsys) -> None:
 
 def test_inspect_of_a_bundle_says_what_to_read_instead(bundle_path: Path) -> None:
     done = CliRunner().invoke(app, ["inspect", str(bundle_path)])
+
     assert done.exit_code == 2
     assert "README.md" in done.stderr

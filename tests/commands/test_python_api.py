@@ -53,6 +53,7 @@ ERRORS = {
 def test_an_error_writes_settings_as_python_or_as_the_command_line(message: str) -> None:
     on_the_command_line, settings = ERRORS[message]
     error = ConfigError("too small" if "too small" in message else "x", **settings)
+
     assert (str(error), error.describe(command_line_option)) == (message, on_the_command_line)
 
 
@@ -96,6 +97,7 @@ def test_paths_images_and_arrays_give_the_predictions_of_the_command(
 @pytest.mark.parametrize("name", ["2024-06-01", "true", "a # b"])
 def test_a_folder_or_weight_file_is_never_a_toml_value(name: str) -> None:
     recipe = configure(read_changes(Path(name), None, TrainOptions(pretrained=name)))[0]
+
     assert str(getattr(recipe.data, "path", None)) == name
     assert recipe.start is not None
     assert str(recipe.start.weights) == name

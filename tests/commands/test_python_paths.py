@@ -37,4 +37,5 @@ def test_a_parameter_that_is_a_path_may_be_text() -> None:
                 assert {"str | "}.issuperset(found), (
                     f"{function.__qualname__}: {name}: {annotation}"
                 )
+
     assert checked > 10

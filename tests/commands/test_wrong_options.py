@@ -84,6 +84,7 @@ def test_a_wrong_path_or_folder_is_an_error_before_torch_is_imported(
     command: str, early_mistakes: dict[str, tuple[int, str]]
 ) -> None:
     code, stderr = early_mistakes[command]
+
     assert code == 2, stderr
     assert EARLY_MISTAKES[command] in stderr
     assert stderr.count("\n") == 1
@@ -118,6 +119,7 @@ USAGE = {
 @pytest.mark.parametrize("words", USAGE)
 def test_a_wrong_option_is_named_with_its_command_and_a_replacement(words: str) -> None:
     result = CliRunner().invoke(app, words.split())
+
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert USAGE[words] in result.stderr
     assert "pattern" not in result.stderr

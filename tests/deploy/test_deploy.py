@@ -281,6 +281,7 @@ def test_an_init_container_fills_the_folder_that_the_server_reads() -> None:
 def test_the_server_writes_photographs_to_the_claim() -> None:
     pod = pod_of_chart("with a claim for photographs")
     (server,) = pod["containers"]
+
     assert {"name": "SOPDEPLOY_KEEP", "value": "/keep"} in server["env"]
     assert {"name": "keep", "mountPath": "/keep"} in server["volumeMounts"]
     assert {"name": "keep", "persistentVolumeClaim": {"claimName": "kept"}} in pod["volumes"]
@@ -355,6 +356,7 @@ def test_the_chart_accepts_the_values_of_every_command_on_a_page() -> None:
 def test_a_number_of_the_autoscaler_may_be_a_text(share: float | str) -> None:
     _, (texts,) = run_helm([{"autoscaling": {"enabled": True, "busy": share}}])
     (found,) = re.findall(r'averageValue: "(.*)"', "".join(texts))
+
     assert float(found) == 0.4
 
 
@@ -412,6 +414,7 @@ def test_the_chart_knows_every_setting() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
     variables = {f"{VARIABLE_PREFIX}{name}".upper() for name in Settings.model_fields}
     known = schema["definitions"]["variable"]["enum"]
+
     assert known == sorted(variables | {FILE_VARIABLE, VARIABLE})
 
 
@@ -591,6 +594,7 @@ def test_containers_have_valid_arguments_and_settings(container: dict[str, Any])
 @pytest.mark.parametrize("container", SERVERS)
 def test_containers_have_no_privileges(container: dict[str, Any]) -> None:
     rules = container["securityContext"]
+
     assert (rules["readOnlyRootFilesystem"], rules["allowPrivilegeEscalation"]) == (True, False)
     assert rules["capabilities"] == {"drop": ["ALL"]}
 
@@ -635,6 +639,7 @@ def test_pods_run_as_non_root_roll_out_and_stop_cleanly(
 def test_pods_with_a_gpu_have_its_runtime_class_and_processes() -> None:
     pod = pod_of_chart("on GPUs")
     (server,) = pod["containers"]
+
     assert (pod["runtimeClassName"], server["resources"]["limits"]["nvidia.com/gpu"]) == (
         "nvidia",
         1,
@@ -677,6 +682,7 @@ def test_every_metric_in_deployment_files_exists(file: str) -> None:
         "sopdeploy_service",
         "sopdeploy_worker_up",  # of several processes
     }
+
     assert used
     assert used <= metric_names()
 

@@ -158,6 +158,7 @@ SCRIPTS = [ROOT / "Dockerfile", *sorted((ROOT / "deploy").glob("*.sh")), ROOT / 
 def test_scripts_install_python_packages_from_a_lock_only(path: Path) -> None:
     text = re.sub(r"\\\n|^\s*#.*\n", " ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     found = re.findall(r"(?:\bpip |^ *)(?:wheel|install)\b +-.*?(?:$|&&)", text, re.MULTILINE)
+
     assert [
         line
         for line in found

@@ -254,5 +254,6 @@ def test_a_shown_program_classifies(
 
 def test_the_readme_classifies_from_curl_and_python_and_pages_from_every_language() -> None:
     of_readme = [language for page, language, _ in SHOWN if page == "README.md"]
+
     assert of_readme == ["sh", "python"]
     assert {language for _, language, _ in SHOWN} == {*LANGUAGES}

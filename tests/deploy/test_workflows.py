@@ -56,6 +56,7 @@ def test_steps_call_existing_targets_and_files_and_pinned_actions(name: str) -> 
 
 def test_only_the_job_that_publishes_may_request_an_identity_for_the_index() -> None:
     found = jobs("release.yml")
+
     assert {name for name, job in found.items() if job.get("environment") == "pypi"} == {
         "publish"
     }
@@ -81,6 +82,7 @@ def test_the_files_that_a_release_changes_have_the_version() -> None:
     bump = PROJECT["tool"]["bumpversion"]
     version = bump["current_version"]
     assert version == sopdeploy.__version__
+
     for entry in bump["files"]:
         text = entry["search"].format(current_version=version)
         searched = text if entry.get("regex") else re.escape(text)

@@ -39,6 +39,7 @@ def test_a_shown_command_line_parses(page: Path, words: list[str]) -> None:
         assert words[1:] == []
         return
     command, rest = resolve(words)
+
     assert command.make_context(command, rest).args == []
 
 
@@ -46,6 +47,7 @@ def test_each_training_of_a_page_can_be_typed_again() -> None:
     """A training in a folder that holds a run is an error, unless it continues this run."""
     trainings = [words for _, words in SHOWN if words[:1] == ["train"]]
     programs = [block for page in PAGES for block in blocks(page, "python")]
+
     assert len(trainings) >= 10
     assert [words for words in trainings if "--out" in words and "--resume" not in words] == []
     assert [program for program in programs if 'out="runs' in program] == []
@@ -60,6 +62,7 @@ def test_a_flag_that_may_be_repeated_may_be_in_every_command() -> None:
         for parameter in command.params:
             for flag in parameter.opts:
                 repeated[flag].add(parameter.multiple)
+
     assert {"--set", "--option"} <= {
         flag for flag, kinds in repeated.items() if kinds == {True}
     }

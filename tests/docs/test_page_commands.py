@@ -116,6 +116,7 @@ pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl
 def test_the_commands_of_pages_for_any_bundle_work(page: str, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     write_bundle(tmp_path / "bundles")
+
     assert run_page(RUNNABLE[page], workspace) >= 1
 
 
@@ -142,5 +143,6 @@ def test_the_commands_of_a_page_work(
         trained: Workspace = request.getfixturevalue("trained")
         for folder in ("runs", "bundles"):
             shutil.copytree(trained.folder / folder, tmp_path / folder)
+
     for _ in range(2 if page in TWICE else 1):
         assert run_page(RUNNABLE[page], workspace) >= 1

@@ -27,6 +27,7 @@ ERRORS = module_at(ROOT / "docs" / "generate_errors.py")
 
 def test_the_errors_pages_of_the_documentation_and_the_server_are_up_to_date() -> None:
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+
     assert page == ERRORS.errors_page(), "run `make docs`"
     assert ERRORS.SERVED.read_text(encoding="utf-8") == ERRORS.served_page(), "run `make docs`"
 
@@ -45,6 +46,7 @@ def test_a_page_that_names_another_one_links_to_it(page: Path) -> None:
         one for one in PAGES if one.parent != ROOT
     }  # its pages cannot link to others
     linked = of_the_site if page in of_the_site else {*PAGES}
+
     assert [name(one) for one in places & linked if one != page] == []
 
 
@@ -137,6 +139,7 @@ def test_every_row_of_the_security_page_names_tests_that_exist() -> None:
     rows = [line for line in lines if line.startswith("| ") and not line.endswith("| tests |")]
     tests = {row: re.findall(r"`(tests/[\w/.]+)`", row.rpartition(" | ")[2]) for row in rows}
     assert [row for row, files in tests.items() if not files] == []
+
     missing = [file for files in tests.values() for file in files if not (ROOT / file).exists()]
     assert (missing, len(rows) > 40) == ([], True)
 
@@ -149,6 +152,7 @@ def test_examples_of_files_and_answers_can_be_parsed(
     language: str, parse: Callable[[str], Any]
 ) -> None:
     examples = [parse(block) for page in PAGES for block in blocks(page, language)]
+
     assert len(examples) >= 3
     assert all(isinstance(example, dict) for example in examples)
 
@@ -177,6 +181,7 @@ DESCRIBED = (  # where the project describes itself
 def test_the_project_describes_itself_by_one_sentence_everywhere(file: str) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")
     without_marks = " ".join(re.sub(r"[\"']\s*[\"']", "", text).split())
+
     assert ABOUT.removeprefix("Train") in without_marks
 
 
@@ -241,6 +246,7 @@ def test_each_task_of_three_kinds_of_users_is_two_clicks_from_the_readme(task: s
     page, words = WANTED[task]
     first = clicks(README)
     near = {README, *first}.union(*map(clicks, first))
+
     assert ROOT / page in near
     assert words in text_of(page)
 
@@ -252,6 +258,7 @@ def test_the_page_of_alerts_has_every_rule_with_its_severity() -> None:
     rules = [rule for group in chart["groups"] for rule in group["rules"] if "alert" in rule]
     page = text_of("docs/monitoring.md")
     rows = re.findall(r"^\| `(\w+)` (\w+) \|", page, re.MULTILINE)
+
     assert rows == [(rule["alert"], rule["labels"]["severity"]) for rule in rules]
 
 
@@ -302,6 +309,7 @@ def test_the_site_builds_without_warnings_and_is_self_contained(tmp_path: Path) 
 
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > 25
+
     index = json.loads((tmp_path / "search" / "search_index.json").read_text(encoding="utf-8"))
     last = {
         entry["location"].partition("#")[0]
@@ -312,10 +320,12 @@ def test_the_site_builds_without_warnings_and_is_self_contained(tmp_path: Path) 
         f"benchmarks/{page.stem}.html" for page in (ROOT / "docs" / "benchmarks").glob("*.md")
     }
     assert last == notes
+
     texts = {
         page: page.read_text(encoding="utf-8") for page in pages if page.name != "404.html"
     }
     assert [url for text in texts.values() for url in LOADED.findall(text)] == []
+
     files = [
         (page.parent / file).resolve()
         for page, text in texts.items()

@@ -33,6 +33,7 @@ def test_printed_texts_avoid_the_phrases_that_pages_avoid() -> None:
         for text in texts_of(file.read_text(encoding="utf-8"))
         if re.search(avoided, text)
     ]
+
     assert found == []
 
 

@@ -89,4 +89,5 @@ def test_a_public_docstring_has_the_sections_of_its_signature(name: str) -> None
         signature = inspect.signature(value)
         needed |= {"Args:"} if signature.parameters else set()
         needed |= set() if signature.return_annotation in {None, "None"} else {"Returns:"}
+
     assert {section for section in needed if f"\n{section}\n" not in text} == set()

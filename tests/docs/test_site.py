@@ -76,6 +76,7 @@ def test_the_search_finds_the_page_of_each_question_first(
         page.wait_for_timeout(500)  # the results of the last letter replace the earlier ones
         file = first.evaluate("link => new URL(link.href).pathname")
         found[text] = file.rpartition(f"{site}/")[2].replace(".html", ".md")
+
     assert found == SEARCHES
 
 
@@ -92,8 +93,10 @@ def test_nothing_is_cut_or_scrolls_sideways_and_no_option_is_broken(
     )
     page.locator("article h1").wait_for()
     assert page.evaluate("document.scrollingElement.scrollWidth") <= WIDTHS[device]
+
     broken = "all => all.filter((one) => one.getClientRects().length > 1).map((one) => one.textContent)"
     assert page.locator("article .name").evaluate_all(broken) == []
+
     if name != "cli":  # whose tables have four columns
         wide = "all => all.filter((one) => one.scrollWidth > one.clientWidth + 1).map((one) => one.textContent)"
         assert (

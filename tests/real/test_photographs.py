@@ -37,6 +37,7 @@ def test_int8_agrees_with_float32_on_all_but_one_photograph(
     checkpoint: Path, photos: Path, tmp_path: Path, runtime: Int8For
 ) -> None:
     found = int8(checkpoint, photos, tmp_path, runtime)
+
     assert found.precision.accuracy is not None
     assert found.precision.accuracy.num_images - found.precision.accuracy.num_agreeing <= 1
     assert found.precision.quantisation is not None

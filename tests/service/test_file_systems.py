@@ -64,6 +64,7 @@ def test_a_link_that_servers_follow_is_needed(
     tmp_path: Path, bundle_path, monkeypatch, code: int
 ) -> None:
     monkeypatch.setattr(os, "symlink", failing(code))
+
     with pytest.raises(
         SopdeployError,
         match=rf"live: .*{os.strerror(code)}.; .*symbolic links",

@@ -143,6 +143,7 @@ def test_the_folder_of_a_class_is_always_below_the_folder(
     names = [folder_name(label) for label in HOSTILE]
     assert len(set(names)) == len(HOSTILE)
     assert LABEL_CONFIG not in names
+
     for name in names:
         (tmp_path / name).mkdir()
         assert (tmp_path / name).resolve().parent == tmp_path.resolve()
@@ -444,6 +445,7 @@ def test_the_oldest_makes_room(tmp_path: Path, arriving, remaining) -> None:
         name = name_of(number, sample=bool(is_sample))
         assert kept.add(name, PHOTO, fields()) == "kept"
         os.utime(tmp_path / "cat" / name, (time.time() - 100 + number,) * 2)
+
     assert numbers(tmp_path) == remaining
 
 

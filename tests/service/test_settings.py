@@ -68,6 +68,7 @@ def test_a_list_of_words_has_spaces_and_commas_as_people_write_them() -> None:
         if field.annotation == tuple[str, ...]
     }
     assert len(words) >= 2
+
     for name, field in words.items():
         settings = Settings(**{name: " a.example, ,b.example,"})
         assert getattr(settings, name) == ("a.example", "b.example"), field
@@ -152,5 +153,6 @@ def test_a_process_on_the_cpu_gets_the_runtime_for_cpus() -> None:
 
 def test_connections_may_be_idle_longer_than_at_common_proxies():
     seconds = {"Caddy": 120, "Traefik": 90, "AWS": 60, "Google Cloud": 600, "Envoy": 3600}
+
     assert max(seconds.values()) < http_protocol.PROXY_IDLE_SECONDS
     assert min(seconds.values()) < http_protocol.KEEP_ALIVE_SECONDS  # nginx need not be listed

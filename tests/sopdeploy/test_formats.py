@@ -134,6 +134,7 @@ def test_a_checkpoint_of_an_older_version_says_to_train_it_again(files: Path) ->
 def test_a_bundle_is_verified_and_keeps_its_id(files: Path) -> None:
     path = bundle_in(files)
     verified = verify(path, Settings(threads=1))
+
     assert (verified.bundle, verified.golden) == (path.name, 3)
 
 
@@ -153,6 +154,7 @@ def test_a_checkpoint_is_read_with_its_decision(files: Path) -> None:
 def test_a_stopped_training_run_is_resumed(files: Path) -> None:
     with quick_torch.one_thread():
         resumed = train_recipe(STOPPED, files / "stopped", resume=True)
+
     assert resumed.num_epochs == 3
     assert read_checkpoint(files / "stopped" / "best.pt").training["epoch"] in {1, 2, 3}
 
@@ -322,6 +324,7 @@ def test_a_run_of_classify_of_an_older_version_is_not_continued(
 ) -> None:
     file = files / "classified" / "_run.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "written_by": EARLIER}))
+
     with pytest.raises(ConfigError, match=EARLIER):
         again()
 

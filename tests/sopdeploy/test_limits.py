@@ -127,6 +127,7 @@ def test_a_reader_skips_a_record_without_an_end(
 ) -> None:
     name, read = SKIPPING[reader]
     SPECIAL[special](tmp_path / name)
+
     assert peak_bytes(lambda: read(tmp_path / name)) < 4_000_000
     assert read(tmp_path / name) == []
 
@@ -260,6 +261,7 @@ def levels(count: int) -> list[Any]:
 @pytest.mark.parametrize("member", VALUES)
 def test_a_value_is_cut_before_it_is_written(member: str) -> None:
     value = VALUES[member](300_000)
+
     assert len(shown(value)) <= 100
     assert peak_bytes(lambda: shown(value)) < 5_000_000  # a set is sorted
 
@@ -284,6 +286,7 @@ def test_every_wrong_toml_file_is_refused_in_one_short_line(
 ) -> None:
     path = tmp_path / "wrong.toml"
     path.write_text(TEXTS[member](10_000))
+
     with pytest.raises(ConfigError) as caught:
         read(path)
     assert len(str(caught.value)) <= MESSAGE
@@ -374,6 +377,7 @@ def test_a_wrong_checkpoint_is_refused_in_one_short_line(
 ) -> None:
     path = tmp_path / "best.pt"
     torch.save({**content, **CHECKPOINTS[case]}, path)
+
     with pytest.raises(CheckpointError, match=r"best\.pt: ") as caught:
         read_checkpoint(path)
     assert len(str(caught.value)) <= MESSAGE
@@ -431,6 +435,7 @@ def test_what_only_the_reader_of_torch_finds_in_an_archive_is_counted(tmp_path: 
 def test_a_list_that_is_named_twice_is_read(tmp_path: Path, content: dict[str, Any]) -> None:
     path, twice = tmp_path / "best.pt", [1, 2]
     torch.save({**content, "training": {"a": twice, "b": twice, "c": ({"d": twice},)}}, path)
+
     assert read_checkpoint(path).training["c"] == ({"d": [1, 2]},)
 
 

@@ -131,6 +131,7 @@ def test_a_pooling_without_an_onnx_form_trains_but_is_not_exported(
     checkpoint = Small("resnet8", 16, {"pooling": {"kind": pooling}}).trained(
         tmp_path / "ckpt.pt"
     )
+
     with pytest.raises(LoweringError, match=r"exported: .* train"):
         export_checkpoint(checkpoint, tmp_path / "bundles", options=ExportOptions())
     assert not (tmp_path / "bundles").exists()
@@ -141,6 +142,7 @@ def test_a_pooling_without_an_onnx_form_trains_but_is_not_exported(
 @pytest.mark.parametrize("small", ALL, ids=name)
 def test_the_smallest_is_certified(small: Small, tmp_path: Path) -> None:
     found = exported(small.trained(tmp_path / "ckpt.pt"), tmp_path / "bundles")
+
     assert found.parity.passed
     assert set(found.parity.outputs) == outputs_of(small.name)
     assert found.certificate.roots.onnx
@@ -156,6 +158,7 @@ def test_the_smallest_agrees_in_half_precision(small: Small, tmp_path: Path) -> 
     report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", "fp16")
     assert report.passed
     assert report.precision == "fp16"
+
     accepted(onnx.load(tmp_path / "model.onnx"), "fp16")
 
 
@@ -201,5 +204,6 @@ def full_width(model: str) -> Small:
 )
 def test_every_name_agrees_at_full_width(model: str, tmp_path: Path) -> None:
     report = agreed(full_width(model).trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx")
+
     assert report.passed
     assert set(report.outputs) == outputs_of(model)

@@ -62,6 +62,7 @@ def test_counts_of_full_networks_match_the_golden(pytestconfig: pytest.Config) -
     found = {name: describe(name).training.model_dump() for name in CATALOG}
     if pytestconfig.getoption("--rewrite-goldens"):
         path_of("counts").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
     assert found == json.loads(path_of("counts").read_text(encoding="utf-8"))
 
 

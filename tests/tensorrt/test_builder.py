@@ -106,5 +106,6 @@ def test_a_shape_of_the_images_is_taken_after_their_cast() -> None:
 def test_other_uses_of_unsigned_bytes_are_rejected() -> None:
     model = network()
     model.graph.node.insert(0, helper.make_node("Add", ["images", "images"], ["doubled"]))
+
     with pytest.raises(LoweringError, match=r"Add .*unsigned bytes"):
         cast_images_first(model)

@@ -128,6 +128,7 @@ def test_torch_tensorrt_builds_one_profile_of_all_batch_sizes(
 ) -> None:
     options = EngineOptions(profiles="1,4,16", via="torch-tensorrt")
     built = get_engine(bundle, options, build_via_torch=machine.build)
+
     assert [str(profile) for profile in built.record.key.profiles] == ["1-16"]
 
 
@@ -135,6 +136,7 @@ def test_an_engine_that_computes_something_else_is_not_kept(
     machine: Machine, bundle: Bundle, tmp_path: Path
 ) -> None:
     machine.outcomes = [WRONG]
+
     with pytest.raises(ParityError, match="deviates by"):
         get_engine(bundle, OPTIONS)
     assert not list(tmp_path.rglob("*.plan"))
@@ -145,6 +147,7 @@ def test_a_cached_engine_that_computes_something_else_is_built_again(
 ) -> None:
     machine.outcomes = [WRONG]
     again = get_engine(bundle, OPTIONS)
+
     assert "'logits' deviates by 1" in again.reason
     assert (again.path, again.path.read_bytes()) == (built.path, b"plan 2")
 
@@ -181,6 +184,7 @@ def test_an_engine_within_the_tolerance_records_no_accepted_error(
 ) -> None:
     built = get_engine(bundle, EngineOptions(allow_numerical_error=True))
     written = built.path.with_suffix(".json").read_text()
+
     assert "accepted_errors" not in written
     assert "num_changed" not in written
 
@@ -189,6 +193,7 @@ def test_outputs_that_are_not_finite_are_always_refused(
     machine: Machine, bundle: Bundle, tmp_path: Path
 ) -> None:
     machine.outcomes = [WRONG]
+
     with pytest.raises(ParityError):
         get_engine(bundle, EngineOptions(allow_numerical_error=True))
     assert not list(tmp_path.rglob("*.plan"))
@@ -264,6 +269,7 @@ def test_a_plan_that_was_changed_is_not_loaded(
 ) -> None:
     change, reason = CHANGES[case]
     change(built, tmp_path)
+
     assert reason in str(load(built, bundle))
     assert reason in str(get_engine(bundle, OPTIONS).reason)
     assert isinstance(load(built, bundle), StoredEngine)
@@ -300,6 +306,7 @@ def test_the_server_uses_the_engine_with_the_largest_batch(
     built: EngineFile, bundle: Bundle
 ) -> None:
     get_engine(bundle, EngineOptions(profiles="1,8"))
+
     assert load(built, bundle) == StoredEngine(b"plan 1", built.record)
     assert "tensorrt 11.1.0, not 11.4.0" in str(load(built, bundle, "11.4.0"))
 
@@ -308,6 +315,7 @@ def test_the_command_builds_an_engine_and_then_uses_the_cache(
     machine: Machine, bundle: Bundle
 ) -> None:
     first = run(bundle.path)
+
     assert first.exit_code == 0, first.stderr
     assert "precision fp32" in first.stdout
     assert "batch 16: logits" in first.stdout
@@ -378,6 +386,7 @@ def test_every_batch_has_exactly_one_profile_up_to_the_largest(sizes: set[int]) 
     for batch in range(1, max(sizes) + 1):
         fitting = [i for i, p in enumerate(profiles) if p.minimum <= batch <= p.maximum]
         assert fitting == [profile_index(profiles, batch)]
+
     with pytest.raises(ConfigError, match="no profile accepts"):
         profile_index(profiles, max(sizes) + 1)
 

@@ -125,6 +125,7 @@ def test_the_command_prints_how_many_images_have_an_error(
     out = shutil.copytree(complete, tmp_path / "out")
     command = ["classify", str(bundle_path), str(photos), "--out", str(out)]
     shown = CliRunner().invoke(app, command)
+
     assert f"{COUNT}; {len(BAD)} with an error" in shown.output
 
 

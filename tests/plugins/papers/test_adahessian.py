@@ -128,6 +128,7 @@ def two_steps(_folder: Path | None = None) -> dict[str, Tensor]:
 def test_two_processes_learn_the_same_as_one(tmp_path: Path) -> None:
     alone = two_steps()
     first, second = run_in_processes(f"{__name__}:two_steps", tmp_path, world=2)
+
     for name, tensor in alone.items():
         assert float((tensor - first[name]).abs().max()) <= 1e-10, name
         assert torch.equal(first[name], second[name]), name

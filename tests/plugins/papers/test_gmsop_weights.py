@@ -141,6 +141,7 @@ def test_an_unsupported_layer_or_array_is_named(
 ) -> None:
     net = matconvnet("srsop-resnet18")
     change(net)
+
     with pytest.raises(WeightsError, match=message):
         imported(save_v7(tmp_path / "net.mat", net), "srsop-resnet18")
 
@@ -166,6 +167,7 @@ def test_another_network_or_a_contradicting_setting_is_refused(
 ) -> None:
     file = save_v7(tmp_path / "net.mat", matconvnet(released))
     contradiction = released == name
+
     with pytest.raises(ConfigError if contradiction else WeightsError, match=message):
         imported(file, name, settings={"iterations": 5} if contradiction else {})
 

@@ -51,6 +51,7 @@ def test_a_joint_teacher_learns_and_is_not_exported(finished: Path) -> None:
 def test_it_begins_in_train_mode() -> None:
     """The check that it can compute training images changes it."""
     run, _ = one_process_run(short_recipe(TEACHER))
+
     assert run.teacher is not None
     assert run.teacher.model.training
 
@@ -60,6 +61,7 @@ def test_a_network_that_cannot_be_trained_jointly_is_refused(
     network: str, tmp_path: Path
 ) -> None:
     recipe = read_recipe("digits-plain", [f"teacher.model={{name='{network}'}}"])
+
     with pytest.raises(ConfigError, match="teacher"):
         train_recipe(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -85,6 +87,7 @@ def test_the_names_that_an_error_explains_are_registered() -> None:
     plugins.register_own_packages()
     registries = (plugins.MODELS, plugins.OPTIMIZERS, plugins.TEACHERS)
     registered = {name for registry in registries for name in registry.registered}
+
     assert registered >= plugins.OF_PAPERS
 
 
@@ -97,6 +100,7 @@ def three_steps(_folder: Path | None = None) -> dict[str, Tensor]:
 def test_two_processes_learn_the_same_as_one(tmp_path: Path) -> None:
     alone = three_steps()
     first, second = run_in_processes(f"{__name__}:three_steps", tmp_path, world=2)
+
     for name, tensor in alone.items():
         assert float((tensor - first[name]).abs().max()) <= 1e-10, name
         assert torch.equal(first[name], second[name]), name

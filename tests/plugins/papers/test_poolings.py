@@ -128,6 +128,7 @@ def test_vectors_and_parameters_are_those_of_the_papers(
     counted = describe(
         name, num_classes=1000 if config["pooling"] == "dropcov" else 200, **config
     )
+
     assert counted.representation == length
     assert parameters in {None, counted.training.parameters}
 
@@ -373,6 +374,7 @@ def check_served(checkpoint: Path, bundle: Path) -> None:
 def test_a_network_is_trained_on_the_images_of_a_plug_in(tmp_path: Path) -> None:
     sopdeploy.register_data_source(StripesConfig)
     found = train(tmp_path, 'data={kind="stripes", count=8}', "epochs=1", "batch_size=8")
+
     assert found.labels == ("horizontal", "vertical")
 
 
@@ -417,6 +419,7 @@ def test_the_recipe_of_the_page_is_served_by_a_plug_in_runtime(
 
 def test_models_lists_its_network_and_env_no_plug_in() -> None:
     lines = run("models").stdout.splitlines()
+
     assert lines[lines.index("Networks of other packages") + 1].startswith("psdr-resnet50 ")
     assert "papers" not in run("env").stdout
 
@@ -448,6 +451,7 @@ def test_without_the_package_the_command_is_one_line_that_says_what_to_install(
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "meta_path", [Hides, *sys.meta_path])
     result = CliRunner().invoke(app, ["reproduce", *arguments])
+
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
     assert "sopdeploy[papers]" in result.stderr
@@ -489,6 +493,7 @@ def test_each_row_of_each_table_has_a_network_or_a_reason() -> None:
     missing = {row.id for table in load_tables().values() for row in table.rows if row.missing}
     assert missing <= CITED_ONLY
     assert [row.id for row in load_tables()["gsop-6"].rows if row.missing] == ["senet", "cmpe"]
+
     for table in load_tables().values():
         for row in table.rows:
             assert not (row.missing and (row.set or not row.cited)), (table.id, row.id)

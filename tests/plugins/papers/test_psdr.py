@@ -47,6 +47,7 @@ def test_counts_and_outputs_match_the_golden(name: str) -> None:
 )
 def test_full_networks_have_the_counts_of_before(name: str, parameters: int, macs: int) -> None:
     found = describe(name)
+
     assert (found.training.parameters, found.training.macs) == (parameters, macs)
     assert sum(part.parameters for part in found.parts.values()) == parameters
     assert sum(part.macs for part in found.parts.values()) == macs
@@ -70,6 +71,7 @@ def test_the_chain_has_the_widths_of_equation_4(
 ) -> None:
     with torch.device("meta"):
         pooling: Any = create_model("psdr-resnet50", **config).pooling
+
     assert pooling.widths == widths
     assert len(pooling.chain) == len(widths) + 1
 

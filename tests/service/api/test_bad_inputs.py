@@ -111,6 +111,7 @@ def test_a_bad_image_has_its_own_code(body, expected):
 def test_an_unsupported_format_never_reaches_pillow(kind, monkeypatch):
     body = saved(kind)
     monkeypatch.setattr(Image, "open", lambda *given, **options: pytest.fail("was opened"))
+
     with pytest.raises(ImageError) as caught:
         decode(body, RULES, max_bytes=1_000_000, max_pixels=1_000_000)
     assert caught.value.status == 415
@@ -198,6 +199,7 @@ BAD_REQUESTS = {
 def test_a_bad_request_is_rejected_and_the_next_request_succeeds(client, jpeg, name):
     headers, body, status, code = BAD_REQUESTS[name]
     reply = client.post("/v1/classify", content=body, headers=headers)
+
     assert (reply.status_code, reply.json()["code"]) == (status, code)
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
@@ -236,6 +238,7 @@ def test_what_others_add_to_an_address_is_left_out(client, jpeg):
 
 def test_a_large_body_without_a_length_is_rejected_while_it_arrives(client, jpeg):
     reply = client.post("/v1/classify", content=iter([bytes(65_536)] * 400))
+
     assert (reply.status_code, reply.json()["code"]) == (413, "too_large")
     assert reply.headers["connection"] == "close"
     assert client.post("/v1/classify", content=jpeg).status_code == 200
@@ -295,6 +298,7 @@ def test_a_bad_method_or_path_is_rejected_with_advice_and_never_redirected(clien
             wire.sendall(f"{line} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             reply = read(wire, to_the_end=False)
         code = {404: "not_found", 405: "method_not_allowed"}[status]
+
         assert (reply.status, reply.code, "location" in reply.headers) == (
             status,
             code,
@@ -373,6 +377,7 @@ def test_an_invalid_body_is_rejected(value, status, code):
 def test_as_many_images_as_the_limit_are_accepted():
     upload = parse_upload(orjson.dumps({"images": ["YQ=="] * 3}), 10_000, 3)
     form = parse_form((PART + b"x\r\n") * 3 + b"--XX--\r\n", f"{FORM}; boundary=XX", 3)
+
     assert (upload.images, form.images) == ([b"a"] * 3, [b"x"] * 3)
 
 
@@ -422,4 +427,5 @@ def test_the_largest_allowed_body_fits_into_the_memory_for_bodies(
     """It is counted once: what has arrived is no longer announced."""
     monkeypatch.setattr(decoders, "MAX_UPLOAD_BYTES", 8_000_000)
     client = serve_with(FakeRuntime(num_classes=7), max_body_bytes=7_000_000)
+
     assert client.post("/v1/classify", content=bytes(7_000_000)).status_code == 415

@@ -94,11 +94,13 @@ class FailsOnGray(FakeRuntime):
 def test_a_copy_that_fails_is_the_error_of_its_image(serve_with, jpeg) -> None:
     client = serve_with(FailsOnGray(num_classes=7))
     assert client.post("/v1/classify", content=jpeg).status_code == 200
+
     failed = client.post(URL, content=jpeg)
     assert (failed.status_code, failed.json()["code"]) == (500, "nonfinite_output")
 
 
 def test_copies_do_not_count_as_predictions(serve_with, onnx_runtime, jpeg) -> None:
     client = serve_with(onnx_runtime)
+
     assert client.post(URL, content=jpeg).status_code == 200
     assert 'sopdeploy_confidence_count{model="tiny"} 1.0' in client.get("/metrics").text

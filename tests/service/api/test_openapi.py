@@ -23,6 +23,7 @@ def openapi(client) -> dict[str, Any]:
 def test_openapi_has_every_endpoint_of_the_protocol(openapi):
     endpoints = {path for path in openapi["paths"] if path.startswith("/v2")}
     model = {f"/v2/models/{{name}}{version}" for version in ("", "/versions/{version}")}
+
     assert endpoints == {
         *("/v2", "/v2/health/live", "/v2/health/ready"),
         *(path + suffix for path in model for suffix in ("", "/ready", "/infer")),

@@ -80,6 +80,7 @@ REJECTED = {
 def test_invalid_parameters_and_unknown_models_and_versions_are_rejected(client, jpeg, query):
     reply = client.post(f"/v1/classify?{query}", content=jpeg)
     assert (reply.status_code, reply.json()["code"]) == REJECTED[query]
+
     if reply.status_code == 422:
         assert reply.json()["detail"].startswith(f"query.{query.partition('=')[0]}: ")
 
@@ -88,6 +89,7 @@ def test_invalid_parameters_and_unknown_models_and_versions_are_rejected(client,
 def test_a_parameter_that_does_not_apply_is_rejected_also_in_a_form(client, jpeg, query):
     name, _, value = query.partition("=")
     reply = client.post("/v1/classify", data={name: value}, files={"image": ("x.jpg", jpeg)})
+
     assert (reply.status_code, reply.json()["code"]) == REJECTED[query]
 
 
@@ -238,6 +240,7 @@ def test_the_card_has_readme_and_certificate_of_the_bundle(carded_client, carded
 def test_the_card_is_of_the_files_that_were_read(carded_bundle, tmp_path):
     card = read_card(replace(carded_bundle, path=tmp_path / "deleted"))
     assert (card.text, card.certificate is None) == (CARD, False)
+
     empty = read_card(replace(carded_bundle, contents={}))
     assert (empty.text, empty.certificate) == ("", None)
 

@@ -209,6 +209,7 @@ BAD_FIELDS: list[tuple[str, Any, str, str]] = [
 @pytest.mark.parametrize(("field", "value", "expected", "text"), BAD_FIELDS, ids=str)
 def test_a_wrong_field_is_rejected_with_the_right_one(field, value, expected, text):
     code, status, message = rejected(tensor(**{field: value}))
+
     assert (code, status) == (expected, 400)
     assert re.search(text, message)
 
@@ -435,6 +436,7 @@ def test_a_model_may_be_called_stats(onnx_runtime, bundle):
 def test_missing_resources_get_an_error_object(client):
     for target, expected in MISSING.items():
         reply = client.request(*target)
+
         assert (reply.status_code, reply.headers["x-error-code"]) == expected
         assert list(reply.json()) == ["error"]
 
@@ -444,6 +446,7 @@ def test_a_model_is_ready_unless_the_server_starts_or_ends(client, monkeypatch, 
     monkeypatch.setattr(Service, "state", property(lambda _: state))
     reply = client.get("/v2/models/tiny/ready")
     is_ready = state not in {"starting", "draining"}
+
     assert (reply.status_code, reply.json()["ready"]) == (200 if is_ready else 503, is_ready)
 
 
@@ -456,6 +459,7 @@ def test_the_current_version_can_also_be_named(client, bundle):
             client.request(method, f"/v2/models/tiny{version}{suffix}", content=body)
             for version in ("", f"/versions/{bundle.manifest.id}")
         ]
+
         assert both[0].status_code == both[1].status_code == 200
         assert both[0].json() == both[1].json()
         assert both[0].headers["x-model-digest"] == bundle.manifest.id

@@ -45,6 +45,7 @@ def test_every_accepted_format_gives_the_same_image() -> None:
     for kind in FORMATS.values():
         found = pixels_of(encoded(GRADIENT, kind, quality=95)).astype(int)
         difference = np.abs(found - preprocess_image(GRADIENT, RULES)).mean()
+
         assert difference <= (0 if kind in {"PNG", "BMP"} else 8), kind
 
 
@@ -66,6 +67,7 @@ def test_damaged_metadata_and_trailing_bytes_are_ignored(
 def test_the_first_frame_of_an_animation_is_decoded(kind: str) -> None:
     frames = [Image.new("RGB", (40, 40), color) for color in [(250, 0, 0), (0, 0, 250)]]
     found = pixels_of(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
+
     assert found[..., 0].mean() > 200
     assert found[..., 2].mean() < 50
 
@@ -229,6 +231,7 @@ def test_pad_centers_the_whole_image_on_the_background():
         pixels = preprocess_image(Image.new("RGB", size, (200, 100, 50)), rules_for("pad"))
         expected = np.full((32, 32, 3), BACKGROUND, np.uint8)
         expected[top : top + height, left : left + width] = (200, 100, 50)
+
         assert np.array_equal(pixels, expected)
 
 

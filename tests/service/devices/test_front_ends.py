@@ -240,6 +240,7 @@ def test_front_ends_serve_the_models_before_until_the_supervisor_can_send_channe
 def test_no_process_survives_the_supervisor_also_if_it_is_stopped(bundle_path, jpeg) -> None:
     with serving(str(bundle_path), *WAYS[FRONT_ENDS]) as client:
         assert status_of(client, jpeg) == 200
+
         processes = [process_of(client, name) for name in ("engine", "front-0", "front-1")]
         for process in processes[:2]:
             os.kill(process, signal.SIGSTOP)
@@ -265,6 +266,7 @@ def test_the_number_of_front_ends_follows_the_cores(monkeypatch, name) -> None:
     settings, cores, has_gpu, expected = NUMBERS[name]
     monkeypatch.setattr("sopdeploy_service.server.process.usable_cores", lambda: cores)
     monkeypatch.setattr(CudaOnnxRuntime, "is_set_up", lambda: has_gpu)
+
     assert choose_front_ends(Settings(**settings)) == expected
 
 

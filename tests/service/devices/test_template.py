@@ -16,6 +16,7 @@ from tests.support.children import kills_itself
 def test_a_template_forks_processes_which_outlive_it_and_is_replaced() -> None:
     command = [sys.executable, "-m", "tests.service.devices.launched"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
     assert json.loads(done.stdout) == {
         "facts": {
             "name": "front-0", "gpus": "7", "is_child": True, "is_imported": True,

@@ -115,6 +115,7 @@ def test_a_refused_page_is_told_the_setting_that_allows_it(serve_with, jpeg) -> 
 def test_an_allowed_origin_is_not_a_name_of_this_server(serve_with) -> None:
     client = serve_with(FakeRuntime(num_classes=7), allowed_origins="*,https://shop.example")
     reply = client.get("/info", headers={"host": "shop.example", "origin": SHOP})
+
     assert (reply.status_code, reply.json()["code"]) == (403, "foreign_request")
 
 

@@ -99,6 +99,7 @@ def test_requests_for_allowed_names_and_of_their_pages_are_answered(
     assert [client.get("/info", headers=headers).status_code for headers in answered] == [
         200
     ] * len(answered)
+
     for headers in refused:
         reply = client.get("/info", headers=headers)
         assert (reply.status_code, reply.json()["code"]) == (403, "foreign_request"), headers
@@ -135,6 +136,7 @@ def test_a_name_that_is_long_or_not_ascii_is_refused_unencoded(serve_with, sent)
         FakeRuntime(num_classes=7), allowed_hosts=f"*.example, {LONG_NAME}, bücher.example"
     )
     assert client.get("/info", headers={"host": LONG_NAME}).status_code == 200
+
     for name, prefix in (("host", ""), ("origin", "https://")):
         value = f"{prefix}{sent}".encode("latin-1")
         reply = client.get("/info", headers={name.encode(): value})
@@ -333,6 +335,7 @@ def test_a_service_that_its_app_does_not_start_says_so(bundle, jpeg) -> None:
 def test_the_host_of_the_test_client_is_allowed_from_no_network() -> None:
     own = OwnOrigins(("localhost",), (), ())
     headers = {"host": "testserver"}
+
     assert own.why_foreign(headers, "testclient") == ""
     assert own.why_foreign(headers, "127.0.0.1") == "requests for 'testserver'"
 

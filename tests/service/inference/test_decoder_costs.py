@@ -36,6 +36,7 @@ def test_children_for_light_images_then_those_for_large_ones_share_the_budget(ca
     for (budget, wanted), expected in BUDGETS.items():
         light, large, memory = plan_children(budget, wanted, 70_000_000)
         assert (light, large, memory) == expected
+
         used = light * (LIGHT_MEMORY + OWN_MEMORY) + large * (memory + OWN_MEMORY)
         assert used <= budget or (light, large) == (1, 1)
         assert ("1 of 2 decoders" in caplog.text) == (light < wanted)
@@ -107,6 +108,7 @@ LIGHT = {
 def test_the_pixels_that_a_decoder_holds_decide_which_child_decodes(name) -> None:
     make, rules, length, is_light = LIGHT[name]
     cost = estimate_cost(make(), rules)
+
     assert (light_seconds(length, cost, MAX_PIXELS) > 0) == is_light
 
 

@@ -175,6 +175,7 @@ def test_children_that_are_killed_or_send_too_much_are_replaced(jpeg, template) 
 def test_a_child_that_sends_too_much_is_replaced_before_the_next_image(jpeg, template) -> None:
     with running_child(template, OPTIONS) as child:
         before, replies = child.process, child.decode_all([jpeg + b"too many", jpeg, jpeg])
+
         assert [error_of(reply) for reply in replies] == ["", "", ""]
         assert child.process != before
 
@@ -237,6 +238,7 @@ def test_an_image_whose_child_is_killed_is_decoded_once_more(
 def test_a_system_without_room_for_a_process_is_one_error_line(monkeypatch) -> None:
     template = pool.DecoderTemplate()
     monkeypatch.setattr(template, "ask", lambda *_: (0, errno.EAGAIN))
+
     with pytest.raises(RuntimeUnavailableError, match=r"do not start"):
         template.fork(OPTIONS)
 
@@ -374,6 +376,7 @@ def test_an_image_too_large_for_a_light_child_is_decoded_by_another(
     body = hostile.webp_lossless(3000, 2000)  # needs 120 MB
     monkeypatch.setattr(decoders, "light_seconds", lambda *_: 10.0)
     client = serve_with(FakeRuntime(num_classes=7))
+
     assert client.post("/v1/classify", content=body).status_code == 200
 
 

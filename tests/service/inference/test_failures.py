@@ -290,6 +290,7 @@ def test_softmax_of_any_logits_is_the_distribution_of_its_definition():
     for logits in ([3e38, -3e38, 0.0], [-3e38, -3e38, -3e38], [1e-45, 0.0, -1e-45], [1, 2, 3]):
         values = np.array(logits, np.float32)
         exponentials = np.exp(values.astype(np.float64) - values.max())
+
         np.testing.assert_allclose(
             softmax(values), exponentials / exponentials.sum(), rtol=1e-12
         )

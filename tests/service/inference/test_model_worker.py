@@ -195,6 +195,7 @@ def classify(serve_with, pool):
 def test_a_full_batch_begins_while_another_runs_and_a_partial_one_waits(classify):
     runtime = Scripted()
     replies, _ = classify(runtime, 6)
+
     assert [reply.status_code for reply in replies] == [200] * 6
     assert runtime.batches == [1, 2, 2, 1]
     assert runtime.calls[:2] == ["begin 1", "wait 1"]
@@ -216,6 +217,7 @@ def test_a_failed_batch_begins_again_or_is_halved_alone(classify, where):
 
 def test_a_lost_device_ends_the_model(classify):
     replies, client = classify(Scripted({(2, 1): DeviceLostError("gone")}), 6)
+
     assert [reply.status_code for reply in replies] == [200] + [503] * 5
     assert client.get("/livez").status_code == 503
 

@@ -143,6 +143,7 @@ def test_with_several_models_a_request_names_one_and_may_name_a_timeout(
             headers = {"X-Request-Timeout-Ms": timeout.encode()}
             reply = two.post(f"/v1/classify{query}", content=jpeg, headers=headers)
             assert reply.json().get("code") == code
+
         assert [model["name"] for model in two.get("/info").json()["models"]] == [
             "ants",
             "bees",

@@ -41,6 +41,7 @@ def test_the_largest_products_do_not_saturate(bundle: Bundle) -> None:
     products = SealedFile([graph(PRODUCTS, **TENSORS).SerializeToString()])
     opened = OnnxRuntime(replace(bundle, graph=products), Settings(threads=1))
     outputs = opened.run(np.full((1, 32, 32, 3), 255, np.uint8))
+
     assert np.unique(outputs["logits"]).tolist() == [200.0]
 
 
@@ -77,6 +78,7 @@ def test_vnni_counts_only_if_the_system_lists_it(
             cpuinfo.write_text(f"flags : {flags}\n")
         monkeypatch.setattr(environment.platform, "machine", lambda machine=machine: machine)
         monkeypatch.setattr(environment, "CPUINFO", cpuinfo)
+
         assert environment.lacks_vnni() == expected
 
 
@@ -84,4 +86,5 @@ def test_vnni_counts_only_if_the_system_lists_it(
 def test_a_session_has_the_threads_of_the_setting(bundle: Bundle, threads: int) -> None:
     runtime = OnnxRuntime(bundle, Settings(threads=threads))
     assert runtime._session.get_session_options().intra_op_num_threads == threads
+
     runtime.close()

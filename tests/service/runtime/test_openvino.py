@@ -101,6 +101,7 @@ os.kill(os.getpid(), signal.SIGTERM)
 def test_a_signal_is_handled_after_a_thread_has_released_a_runtime(bundle_path: Path) -> None:
     command = [sys.executable, "-c", RELEASED_BEFORE_A_SIGNAL, str(bundle_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+
     # Before this line, OpenVINO warns if it cannot write to the home.
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "ended by SIGTERM"), (
         done.stderr

@@ -262,6 +262,7 @@ def test_a_request_that_does_not_wait_is_ignored_and_closed(wire, jpeg, followin
     good = wire()
     good.sendall(post_of(jpeg) + following)
     reply = read(good)  # to the end
+
     assert (reply.status, reply.headers["connection"]) == (200, "close")
 
 
@@ -430,6 +431,7 @@ def test_a_client_that_ends_its_side_within_a_body_has_left(wire, jpeg):
     unfinished = wire()
     unfinished.sendall(post_of(jpeg)[:-1])
     unfinished.shutdown(socket.SHUT_WR)
+
     assert unfinished.recv(10) == b""
 
 

@@ -102,4 +102,5 @@ def bytes_read(stream: bytes, read: int) -> int:
 def test_what_has_no_end_is_refused_soon(name: str, read: int) -> None:
     most = MAX_URL_BYTES + MAX_HEADER_BYTES + 1000
     stream = STREAMS[name](1_000_000)
+
     assert bytes_read(stream, read) <= most + 2 * read

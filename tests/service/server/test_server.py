@@ -411,6 +411,7 @@ Service.start = fail
 def test_an_error_of_the_start_is_one_line_with_exit_code_2(bundle_path, error, line) -> None:
     with spawn(str(bundle_path), program=faulty(FAILS.format(error=error))) as child:
         out, err = child.communicate(timeout=PATIENCE)
+
     assert (child.returncode, out, len(err.splitlines())) == (2, "", 1), err
     assert line in err
 
@@ -439,6 +440,7 @@ def test_a_stopped_reader_of_the_log_stops_no_request(bundle_path, jpeg, way) ->
         statuses = {client.post("/v1/classify", content=jpeg).status_code for _ in range(60)}
         assert statuses == {200}
         assert client.get("/livez").status_code == 200
+
         client.child.send_signal(signal.SIGTERM)
         assert client.child.wait(60) == 0
 

@@ -119,6 +119,7 @@ def test_the_end_of_a_certificate_is_read_in_both_forms_of_a_time(tmp_path, year
         .sign(key, hashes.SHA256())
     )
     (tmp_path / "tls.crt").write_bytes(built.public_bytes(serialization.Encoding.PEM))
+
     assert expiry(tmp_path / "tls.crt") == end.timestamp()
 
 

@@ -134,6 +134,7 @@ def test_a_package_that_cannot_be_loaded_is_not_called_missing(
 ) -> None:
     (tmp_path / "failing_runtime.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
+
     with pytest.raises(RuntimeUnavailableError) as caught:
         import_optional("failing_runtime", "runtime", "sopdeploy[cpu]", RuntimeUnavailableError)
     assert str(caught.value) == message

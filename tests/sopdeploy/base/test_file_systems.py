@@ -277,6 +277,7 @@ def test_the_first_file_in_a_folder_removes_what_was_left(
     left = tmp_path / "a.txt.0123abcd.partial"
     left.write_text("half")
     write_file(tmp_path)
+
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
@@ -294,6 +295,7 @@ def test_files_of_others_stay(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.mkdir() if name.endswith(".d") else path.write_text("mine")
     remove_leftovers(tmp_path)
+
     assert path.exists()
 
 

@@ -151,6 +151,7 @@ def test_a_class_is_accepted_wherever_its_name_enters(
     tmp_path: Path, name: str, entry: str
 ) -> None:
     assert class_problem(name) is None
+
     is_no_folder = name in NO_FOLDERS or len(name.encode()) > 255
     if entry not in {"folder", "data check"} or not is_no_folder:
         ENTRIES[entry](tmp_path, name)
@@ -158,6 +159,7 @@ def test_a_class_is_accepted_wherever_its_name_enters(
 
 def test_a_network_has_at_most_a_hundred_thousand_classes() -> None:
     labels = [str(number) for number in range(100_001)]
+
     assert label_problem(labels[:-1]) is None
     assert "more than 100000" in (label_problem(labels) or "")
 

@@ -109,6 +109,7 @@ def test_a_plug_in_that_cannot_be_imported_is_one_line(
 
 def test_a_broken_plug_in_does_not_hide_another_one(install: Install) -> None:
     install("broken = raises_plugin\nworks = works_plugin")
+
     assert load_settings(runtime="acme").runtime == "acme"
     with pytest.raises(ConfigError, match=r"'other': .*acme 2\.0"):
         load_settings(runtime="other")
@@ -168,6 +169,7 @@ def test_plug_ins_that_are_switched_off_are_not_found(
 ) -> None:
     install("works = works_plugin")
     monkeypatch.setenv(plugins.VARIABLE, "off")
+
     with pytest.raises(ConfigError, match=r"runtime: .*choose from"):
         load_settings(runtime="acme")
     # Of this wheel, so it is not a plug-in
@@ -180,6 +182,7 @@ def test_an_outside_package_adds_a_runtime_in_one_file(
 ) -> None:
     install("runtime = runtime_plugin")
     loaded = load_model(bundle.path, load_settings(runtime="onnx-reference"))
+
     assert loaded.runtime.name.startswith("onnx-reference")
     assert Path(bundle.onnx).read_bytes() == bundle.onnx.read()
     assert may_use_gpu(load_settings(runtime="onnx-reference")) is False

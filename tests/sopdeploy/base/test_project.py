@@ -30,6 +30,7 @@ FOLDERS = {
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_data_folder_names_the_project(folder: str) -> None:
     name = folder_project(Path(folder))
+
     assert name == FOLDERS[folder]
     assert not name or check_project_name(name) == name
 
@@ -68,6 +69,7 @@ def test_a_file_in_the_home_folder_belongs_to_this_project(
     monkeypatch.setenv("HOME", str(tmp_path / "hats"))
     (tmp_path / "hats").mkdir()
     (tmp_path / "hats" / "images.parquet").touch()
+
     assert folder_project(Path("~/images.parquet")) == "hats"
 
 
@@ -86,6 +88,7 @@ def test_train_names_the_project_by_name_folder_or_recipe(case: str) -> None:
     given, expected = CONFIGURED[case]
     options = TrainOptions(name=given.get("name"), set=given.get("set", ()))
     recipe = configure(read_changes(given.get("data"), given.get("recipe"), options))[0]
+
     assert recipe.project == expected
 
 

@@ -49,6 +49,7 @@ def calibrated(images: int, classes: int = 10, seed: int = 0) -> Predictions:
 def test_the_fit_finds_the_temperature_that_scaled_the_logits(temperature: float) -> None:
     logits, targets = calibrated(4000)
     fitted = fit_decision(logits * temperature, targets, estimated_on="held-out").calibration
+
     assert fitted is not None
     assert fitted.temperature == pytest.approx(temperature, rel=0.05)
     assert fitted.loss_after == pytest.approx(log_loss(logits, targets), rel=0.01)
@@ -89,6 +90,7 @@ def test_what_is_fitted_depends_on_the_number_of_images_and_classes() -> None:
 def test_a_classifier_that_cannot_be_scaled_gets_a_threshold() -> None:
     logits, targets = calibrated(500)
     decision = fit_decision(3 * logits, targets, estimated_on="held-out", scalable=False)
+
     assert (decision.temperature, decision.rejection is None) == (1.0, False)
 
 
@@ -105,6 +107,7 @@ def test_the_threshold_accepts_at_least_the_requested_fraction_on_average(
         assert rejection is not None
         others = calibrated(2000, seed=1000 + seed)[0]
         accepted.append(float((log_sum_exp(others) >= rejection.threshold).mean()))
+
     assert accepts - 0.01 < float(np.mean(accepted)) < accepts + 1 / images + 0.01
 
 
@@ -125,6 +128,7 @@ def test_an_image_exactly_at_the_threshold_is_known(
 def test_a_class_exactly_at_its_threshold_is_present() -> None:
     above = float(np.nextafter(0.5, 1))
     decision = Decision(activation="sigmoid", thresholds=(0.5, above))
+
     assert decision.answer(np.zeros(2)).ranked == ((0, 0.5),)
     assert decision.answer(np.zeros(2), threshold=0.5).ranked == ((0, 0.5), (1, 0.5))
 
@@ -141,6 +145,7 @@ def test_the_interval_holds_the_accepted_share_of_as_many_new_images() -> None:
         others = calibrated(images, seed=1000 + seed)[0]
         share = float((log_sum_exp(others) >= rejection.threshold).mean())
         inside += rejection.accepted[0] <= share <= rejection.accepted[1]
+
     assert 188 <= inside < 200
 
 
@@ -319,6 +324,7 @@ def test_the_interval_of_a_new_class_depends_on_the_number_of_classes(rejected, 
     is_rejected = np.concatenate([np.arange(10) < count for count in rejected])
     targets = np.repeat(np.arange(len(rejected)), 10)
     found = new_class_interval(is_rejected, targets)
+
     assert tuple(round(100 * end) for end in found) == interval
 
 

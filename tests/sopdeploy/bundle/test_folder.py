@@ -209,6 +209,7 @@ def test_a_file_of_another_kind_or_size_is_rejected(
 ) -> None:
     change, message = DAMAGE[damage]
     change(bundle / name)
+
     with pytest.raises(BundleError, match=message) as caught:
         open_bundle(bundle)
     assert str(bundle / name) in str(caught.value) or name == MANIFEST
@@ -219,6 +220,7 @@ def test_a_file_of_another_kind_or_size_is_rejected(
 def test_a_path_without_a_bundle_is_rejected(tmp_path: Path, place: str) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "file").write_text("x")
+
     with pytest.raises(BundleError, match=r"manifest\.json|such folder|a folder"):
         open_bundle(tmp_path / place)
 

@@ -84,6 +84,7 @@ COUNTED: dict[str, Callable[[onnx.ModelProto], object]] = {
 def test_everything_that_is_computed_counts(part: str) -> None:
     model = plain()
     COUNTED[part](model)
+
     assert root(model) != root(plain())
 
 

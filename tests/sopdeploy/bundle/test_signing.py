@@ -111,6 +111,7 @@ def test_invalid_key_files_are_rejected(
     sign(bundle, key)
     file = tmp_path / "other"
     file.write_text(text)
+
     for path in (file, tmp_path / "none"):
         with pytest.raises(ConfigError, match=path.name):
             check(bundle, path)

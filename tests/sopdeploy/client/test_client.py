@@ -96,6 +96,7 @@ def test_the_result_contains_the_whole_response():
 def test_a_long_header_takes_no_quadratic_time():
     headers = {"Server-Timing": "a" * 300_000 + "1;dur=2, infer;dur=3.5"}
     server = Script(httpx.Response(200, headers=headers, content=SUCCESS.content))
+
     assert server.call("classify", b"x").timing_ms == {"infer": 3.5}
 
 
@@ -147,6 +148,7 @@ def test_an_encoded_buffer_is_sent_as_its_file(shape: tuple[int, ...]) -> None:
     file = encoded(Image.fromarray(PIXELS), "JPEG")
     server = Script(SUCCESS)
     server.call("classify", np.frombuffer(file, np.uint8).reshape(shape))
+
     assert server.requests[0].content == file
 
 
@@ -164,6 +166,7 @@ def test_a_list_is_sent_as_a_form_and_returned_in_order():
 
 def test_a_list_may_be_empty_or_have_one_image():
     server = Script(SUCCESS)
+
     assert (server.call("classify", []), server.requests) == ([], [])
     assert len(server.call("classify", (b"x",))) == 1
 
@@ -203,6 +206,7 @@ def test_error_pages_of_proxies_are_errors(content):
 def test_an_error_names_the_address_without_its_password(reply):
     transport = httpx.MockTransport(Script(reply))
     client = Client("http://bob:secret@server:81", transport=transport, retries=0)
+
     with client, pytest.raises(ServiceError, match="http://server:81/v1/classify: ") as caught:
         client.classify(b"x")
     assert "secret" not in str(caught.value)
@@ -306,6 +310,7 @@ FINAL: dict[str, tuple[Any, type[ServiceError], int, str]] = {
 def test_other_errors_are_not_repeated(pauses, name):
     reply, kind, status, code = FINAL[name]
     server = Script(reply)
+
     with pytest.raises(ServiceError) as caught:
         server.call("classify", b"x", timeout=10)
     assert (type(caught.value), caught.value.status, caught.value.code) == (kind, status, code)
@@ -385,6 +390,7 @@ def test_a_proxy_or_certificate_file_that_cannot_be_used_is_one_line(
     variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, WRONG_ENVIRONMENTS[variable])
+
     with pytest.raises(ConfigError) as caught:
         Client("https://server.example")
     assert variable in str(caught.value)

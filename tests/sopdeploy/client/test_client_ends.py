@@ -303,6 +303,7 @@ def all_errors(base: type[SopdeployError] = SopdeployError) -> list[type[Sopdepl
 def test_every_error_goes_to_other_processes_with_all_that_it_says() -> None:
     kinds = all_errors()
     assert OverloadedError in kinds
+
     for kind in kinds:
         error = kind.__new__(kind)
         SopdeployError.__init__(error, "message", code="c", status=503, remedies={"a": 1})

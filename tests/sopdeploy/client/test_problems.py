@@ -69,6 +69,7 @@ def test_what_others_send_makes_no_message_long(text) -> None:
     values = {"optimizer": {"kind": text}, "names": [text] * 3}
     with pytest.raises(pydantic.ValidationError) as caught:
         Config.model_validate(values)
+
     for problem in caught.value.errors():
         described = describe_problem(problem, values)
         assert described.isprintable()
@@ -125,6 +126,7 @@ def test_a_pooling_of_an_unknown_kind_names_all_with_plug_ins(
     monkeypatch.setattr(POOLINGS, "registered", {})
     POOLINGS.register_config(Median, PoolingConfig)
     names = "'gap', 'flatten', 'isqrt', .*'median-of-a-plug-in'"
+
     for wrong in ("pooling.iterations=3", "pooling=isqr"):
         with pytest.raises(ConfigError, match=rf"pooling: .*{names}"):
             read_recipe("digits-plain", [f"model.config.{wrong}"])

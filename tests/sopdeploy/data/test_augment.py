@@ -103,6 +103,7 @@ def test_a_random_resized_box_is_inside_the_image_with_an_allowed_area(size, see
     left, top, right, bottom = augmentation.box(size, 224, Random(seed))
     assert 0 <= left < right <= size[0]
     assert 0 <= top < bottom <= size[1]
+
     if min(size) > 50 and max(size) < 2 * min(size):
         assert (right - left) * (bottom - top) >= 0.07 * size[0] * size[1]
         assert 0.7 < (right - left) / (bottom - top) < 1.4

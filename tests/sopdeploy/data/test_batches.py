@@ -51,6 +51,7 @@ def test_every_class_of_two_is_in_both_parts_of_a_split(targets, fraction, seed)
 )
 def test_images_of_several_classes_leave_a_training_image_of_every_class(targets) -> None:
     held = hold_out([str(i) for i in range(len(targets))], targets, 0.5, 0)
+
     assert np.array_equal(targets[~held].any(axis=0), targets.any(axis=0))
     assert not held.all()
 

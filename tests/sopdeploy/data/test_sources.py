@@ -156,6 +156,7 @@ def test_a_subset_of_classes_keeps_images_and_order(tmp_path, monkeypatch) -> No
         assert classes_of(some) == [label for label in classes_of(whole) if label in kept]
         index = classes_of(whole).index(classes_of(some)[0])
         assert np.array_equal(some.train.read(0), whole.train.read(index))
+
     assert digits(4).train.labels == ("2", "3", "6", "9")
 
 

@@ -114,6 +114,7 @@ def test_each_folder_is_listed_once_in_linear_time(
         assert len({path.resolve() for path in found}) == len(found) == IMAGES
         calls[size] = count_calls(monkeypatch, lambda root=root: list(walk(root)))
         assert calls[size] == count_calls(monkeypatch, lambda root=root: open_any_images(root))
+
     assert calls[30] <= 2 * calls[15]
 
 
@@ -162,6 +163,7 @@ def test_a_path_that_is_too_long_is_named_in_one_line(tmp_path: Path, monkeypatc
 def test_the_path_of_an_image_is_that_without_links(tmp_path: Path) -> None:
     make(tmp_path, **{"b/photos": 1})
     (tmp_path / "a").symlink_to("b/photos")
+
     assert [str(path.relative_to(tmp_path)) for path in walk(tmp_path)] == ["b/photos/000.jpg"]
 
 

@@ -40,6 +40,7 @@ def test_curves_need_enough_images(count: int, figures: int) -> None:
     confidences = np.linspace(0.5, 1.0, count).tolist()
     scores = scores_of(confidences, [number % 3 > 0 for number in range(count)])
     section = describe_thresholds(classification_report(("one", "other"), scores), scores)
+
     assert len(section.figures) == figures
 
 

@@ -57,6 +57,7 @@ def test_the_ends_of_the_interval_are_just_not_rejected(
 ) -> None:
     low, high = difference_interval(wins, losses, images)
     assert -1 <= low <= (wins - losses) / images <= high <= 1
+
     for end, sign in ((low, 1), (high, -1)):
         if abs(end) < 1 - 1e-9:
             assert sign * score_statistic(wins, losses, images, end) == pytest.approx(

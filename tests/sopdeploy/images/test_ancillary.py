@@ -124,6 +124,7 @@ DAMAGED = {
 )
 def test_metadata_do_not_change_the_pixels(body, plain) -> None:
     given, expected = decode(body(), RULES), decode(plain(), RULES)
+
     np.testing.assert_array_equal(given.pixels, expected.pixels)
     assert given.warnings == expected.warnings
 

@@ -160,6 +160,7 @@ def test_without_a_smaller_scale_the_box_has_all_pixels(kind: str) -> None:
     body = photograph(90, 70, kind=kind)
     rules = Preprocess(resize=60, crop=40)
     scaled = decode(body, rules.model_copy(update={"decoding": "scaled"})).pixels
+
     assert np.abs(scaled.astype(int) - decode(body, rules).pixels).max() <= 1
 
 
@@ -246,6 +247,7 @@ def test_a_golden_example_notices_a_wrong_scale() -> None:
 def test_an_image_in_memory_is_cropped_as_a_file_is() -> None:
     body = photograph(90, 70, kind="PNG")
     rules = Preprocess(resize=60, crop=40, decoding="scaled")
+
     assert np.array_equal(
         preprocess_image(Image.open(io.BytesIO(body)), rules), decode(body, rules).pixels
     )
@@ -254,6 +256,7 @@ def test_an_image_in_memory_is_cropped_as_a_file_is() -> None:
 def test_a_copy_without_metadata_has_the_pixels_of_its_original() -> None:
     body = photograph(1300, 1100)
     copy, _ = copy_without_metadata(body)
+
     assert np.array_equal(decode(copy, SCALED).pixels, decode(body, SCALED).pixels)
 
 

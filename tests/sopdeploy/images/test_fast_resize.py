@@ -84,4 +84,5 @@ def test_pillow_resizes_where_the_package_is_missing(monkeypatch: pytest.MonkeyP
     image = photograph(50, 40)
     monkeypatch.setattr(module, "cykooz_resizer", None)
     resized = fast_resize(image, (20, 16), "bicubic", (0.0, 0.0, 50.0, 40.0))
+
     assert resized == image.resize((20, 16), Image.Resampling.BICUBIC)

@@ -117,6 +117,7 @@ def test_an_orientation_of_more_than_16_bits_is_upright() -> None:
     short = struct.pack(">HHIHxx", ExifTags.Base.Orientation, 3, 1, 6)
     long = struct.pack(">HHII", ExifTags.Base.Orientation, 4, 1, 70_000)
     copy, _ = copy_without_metadata(secret_jpeg(orientation=6).replace(short, long))
+
     assert (exif_orientation(opened(copy)), dict(opened(copy).getexif())) == (1, {})
 
 

@@ -81,6 +81,7 @@ def test_of_a_strip_only_the_cropped_part_is_resized(
     size: tuple[int, int], monkeypatch: Any
 ) -> None:
     strip, sizes = noise(*size), record_images(monkeypatch)
+
     assert preprocess_image(strip, Preprocess()).shape == (224, 224, 3)
     assert sizes == [(224, 224)]
 
@@ -248,6 +249,7 @@ def test_tiled_conversion_equals_conversion_of_the_whole_image(
 
 def test_gray_with_premultiplied_transparency_is_converted_as_without() -> None:
     rules, image = Preprocess(background=GREEN), few_values("LA", (9, 7), 1).convert("La")
+
     assert to_rgb(image, rules).tobytes() == to_rgb(image.convert("LA"), rules).tobytes()
     assert list_changes(image, rules) == list_changes(image.convert("LA"), rules)
 
@@ -302,6 +304,7 @@ TRANSPARENT = {
 def test_the_transparent_color_of_a_png_is_found_at_every_depth(kind):
     body, expected = TRANSPARENT[kind]
     image = open_image(body)
+
     assert list(map(tuple, np.asarray(to_rgb(image, WHOLE))[0])) == expected
     assert "alpha_flattened" in list_changes(image, WHOLE)
 
@@ -394,6 +397,7 @@ def test_a_format_without_its_decoder_is_not_recommended(
         monkeypatch.setattr(
             formats, "missing_extra", lambda name, extra=extra: extra if name == "heic" else ""
         )
+
         with pytest.raises(ImageError) as caught:
             formats.open_image(b"text")
         assert ("HEIC" in str(caught.value)) == is_named
@@ -410,6 +414,7 @@ GRAY_RULES: dict[str, dict[str, Any]] = {
 def test_rules_have_one_mean_and_one_deviation_per_channel(case: str) -> None:
     for channels in (1, 3):
         rules = Preprocess(channels=channels, crop=28, **GRAY_RULES[case])
+
         assert (rules.mean, rules.std) == ((0.5,) * channels, (0.25,) * channels)
         assert Preprocess.model_validate_json(rules.model_dump_json()) == rules
         assert rules.in_gray().channels == 1
@@ -485,6 +490,7 @@ def test_a_crop_after_squashing_or_padding_is_refused(mode: str) -> None:
 def test_preprocessing_of_torchvision_is_converted() -> None:
     models = pytest.importorskip("torchvision.models")
     found = Preprocess.from_torchvision(models.ResNet50_Weights.IMAGENET1K_V2.transforms())
+
     assert (found.resize, found.crop, found.interpolation) == (232, 224, "bilinear")
     with pytest.raises(ConfigError, match=r"resize and crop"):
         Preprocess.from_torchvision(torch.nn.Identity())

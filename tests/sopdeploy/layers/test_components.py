@@ -103,6 +103,7 @@ def test_rank_is_that_of_a_stable_sort() -> None:
     torch.manual_seed(0)
     logits = torch.randint(-3, 3, (64, 16)).float()
     order = torch.sort(logits, dim=1, descending=True, stable=True).indices
+
     assert torch.equal(rank(logits).long(), order.argsort(dim=1))
 
 
@@ -149,5 +150,6 @@ def equal_shares(images: int, components: int, kept: int) -> torch.Tensor:
 @pytest.mark.parametrize("images", [1, 7, 256])
 def test_balance_loss_matches_the_formula(images: int) -> None:
     loss = balance_loss(equal_shares(images, 16, 8), alpha=100.0) * images
+
     assert loss.item() == pytest.approx(100 * 16 / 15 * (16 / 8 - 1))
     assert round(loss.item(), 1) == 106.7

@@ -35,6 +35,7 @@ def test_another_number_of_channels_is_an_error_that_says_both(
 ) -> None:
     layer = LAYERS[kind]()
     message = rf"^{kind}: the feature map has {channels} channels, not {WIDTH}; build"
+
     with pytest.raises(ConfigError, match=message):
         layer(torch.ones(2, channels, 3, 3))
 

@@ -60,6 +60,7 @@ def test_the_layout_is_that_of_the_record_or_else_of_the_weights() -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_normalized_images_have_the_layout(layout: torch.memory_format) -> None:
     normalized = Normalize(RULES, layout)(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
+
     assert normalized.shape == (2, 3, 8, 8)
     assert normalized.is_contiguous(memory_format=layout)
 
@@ -79,6 +80,7 @@ def test_gray_images_are_those_of_pillow_before_it_rounds() -> None:
 def test_a_network_trains_on_the_channels_that_it_takes() -> None:
     network: Any = Views(0, 1, 2, 3, channels=1)
     cpu = torch.device("cpu")
+
     assert find_images_format({12}, network, cpu, "views", 1) == torch.contiguous_format
     with pytest.raises(ConfigError, match="channels"):
         find_images_format({12}, network, cpu, "views")

@@ -71,6 +71,7 @@ def test_counts_are_exact(
     name: str, config: dict[str, Any], parameters: int, macs: int | None
 ) -> None:
     counted = describe(name, **config).training
+
     assert counted.parameters == parameters
     assert macs in {None, counted.macs}
 
@@ -216,6 +217,7 @@ def test_published_figures_are_reached_or_marked_with_the_reason(
 )
 def test_parts_sum_to_the_whole(name: str) -> None:
     found = describe(name)
+
     assert sum(part.parameters for part in found.parts.values()) == found.training.parameters
     assert sum(part.macs for part in found.parts.values()) == found.training.macs
 

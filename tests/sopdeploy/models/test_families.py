@@ -89,6 +89,7 @@ def test_recipes_prints_the_file_of_a_recipe_as_it_is() -> None:
 
 def test_an_unknown_recipe_is_an_error_that_says_what_lists_them() -> None:
     result = CliRunner().invoke(app, ["recipes", "zebra"])
+
     assert result.exit_code == 2
     assert "'zebra'" in result.output
     assert "`sopdeploy recipes`" in result.output
@@ -100,6 +101,7 @@ def test_a_text_selects_each_table_of_a_recipe_that_has_kinds() -> None:
         for key in recipe_keys()
         if key.partition(".")[2] in ("kind", "name")
     }
+
     assert selectable == SELECTORS
     assert read_recipe("digits-plain", ["procedure=few_shot"]).procedure.kind == "few_shot"
 
@@ -134,4 +136,5 @@ NAMED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_a_network_is_named_with_the_options_of_its_family(case: str) -> None:
     name, options, named = NAMED[case]
     config = entry(name).make_config(options)
+
     assert describe_options(name, config, options) == named

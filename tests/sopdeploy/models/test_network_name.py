@@ -29,6 +29,7 @@ NAMED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_a_network_of_the_catalog_is_named_with_its_options(case: str) -> None:
     name, config, named = NAMED[case]
     network = create_model(name, num_classes=2, **config)
+
     assert name_network(name, network, network.training_only) == named
 
 
@@ -53,6 +54,7 @@ def test_one_sentence_says_what_was_exported(name: str, num_classes: int) -> Non
     with torch.device("meta"):
         network = create_model(name, num_classes=num_classes)
     found = describe_exported(name, network, network.training_only, num_classes, 5)
+
     assert found == HEADLINES[name, num_classes]
 
 

@@ -101,6 +101,7 @@ def test_convolutions_start_with_kaimings_deviation() -> None:
 def test_chosen_of_one_can_be_exported_but_not_trained() -> None:
     network = create_model("gmsop-16-8-resnet18", num_classes=5, chosen=1)
     images = torch.randn(4, 3, 16, 16)
+
     with pytest.raises(ConfigError, match="chosen: "):
         network(images)
     assert network.eval()(images).shape == (4, 5)

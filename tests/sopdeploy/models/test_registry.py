@@ -19,6 +19,7 @@ from tests.sweep.smallest import ALL, VARIANTS
 @pytest.mark.parametrize("name", list_models())
 def test_every_entry_is_complete_and_its_config_survives_a_checkpoint(name: str) -> None:
     config, line = make_config(name, {}), entry(name)
+
     assert make_config(name, config.model_dump(mode="json")) == config
     # Of `describe`
     assert not type(config).model_fields.keys() & {"name", "num_classes", "image_size"}
@@ -37,6 +38,7 @@ def test_every_entry_is_built_also_without_what_only_training_uses(name: str) ->
 
 def test_the_classes_of_a_network_with_a_head_are_made_once() -> None:
     one, again = entry("head:resnet18"), entry("head:resnet18")
+
     assert (one.network, one.config) == (again.network, again.config)
     assert entry("head:resnet8").network is not one.network
 
@@ -46,6 +48,7 @@ def test_a_file_in_place_of_a_name_is_told_what_reads_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ckpt.pt").write_bytes(b"")
+
     with pytest.raises(ConfigError, match=r"sopdeploy eval"):
         create_model("ckpt.pt")
 

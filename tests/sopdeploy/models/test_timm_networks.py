@@ -50,6 +50,7 @@ def test_the_inference_model_is_timms_network_with_timms_keys(name: str) -> None
 def test_branches_follow_timms_stages_in_the_nearest_kind_of_block(name, taps, kind) -> None:
     with torch.device("meta"):
         network = create_model(f"dsop-timm:{name}")
+
     assert network.tap_channels == taps
     assert list(network.branches) == [tap.replace(".", "_") for tap in taps]
     for branch, channels in zip(network.branches.values(), taps.values(), strict=True):
@@ -97,6 +98,7 @@ def test_a_tag_selects_the_same_network_with_other_weights() -> None:
     tagged, plain = (
         create_model(f"timm:{name}", num_classes=3) for name in ("resnet18.a1_in1k", "resnet18")
     )
+
     assert list(tagged.state_dict()) == list(plain.state_dict())
     assert read_preprocess("timm:resnet18.tv_in1k") != read_preprocess("timm:resnet18.a1_in1k")
     with pytest.raises(ConfigError, match=r"timm:resnet18\.a1_in1k"):
@@ -140,6 +142,7 @@ def test_an_option_that_a_timm_network_lacks_is_one_line(
     name: str, config: dict[str, Any]
 ) -> None:
     (option,) = config
+
     with pytest.raises(ConfigError, match=option) as refused:
         create_model(f"timm:{name}", num_classes=3, **config)
     assert "\n" not in str(refused.value)

@@ -294,6 +294,7 @@ def test_branches_are_not_part_of_a_network_with_a_head() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             create_model(f"head:{name}")
+
     trained = create_model("dsop-resnet8", num_classes=3).eval()
     network = with_head("dsop-resnet8", trained, HeadConfig(kind="gap"))
     images = torch.randn(2, 3, 32, 32)

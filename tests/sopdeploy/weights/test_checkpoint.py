@@ -115,6 +115,7 @@ HEADERS: dict[str, tuple[Change, str]] = {
 def test_invalid_content_is_rejected(tmp_path: Path, checkpoint: Checkpoint, case: str) -> None:
     change, message = HEADERS[case]
     path = rewritten(tmp_path / "ckpt.pt", checkpoint, change)
+
     with pytest.raises(CheckpointError, match=message) as caught:
         read_checkpoint(path)
     assert str(caught.value).startswith(str(path))
@@ -182,6 +183,7 @@ WEIGHTS: dict[str, tuple[Change, str]] = {
 def test_wrong_weights_are_rejected_by_name(checkpoint: Checkpoint, case: str) -> None:
     change, message = WEIGHTS[case]
     change(checkpoint.weights)
+
     with pytest.raises(CheckpointError, match=message) as caught:
         build_classifier(checkpoint, WHERE)
     assert str(caught.value).startswith("ckpt.pt: ")
@@ -198,6 +200,7 @@ MODELS: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("case", MODELS)
 def test_unknown_networks_and_configs_are_rejected(checkpoint: Checkpoint, case: str) -> None:
     field, value, message = MODELS[case]
+
     with pytest.raises(CheckpointError, match=message) as caught:
         build_classifier(replace(checkpoint, **{field: value}), WHERE)
     assert "\n" not in str(caught.value)
@@ -230,4 +233,5 @@ def test_an_error_keeps_the_old_file(tmp_path: Path, problem: BaseException) -> 
 def test_the_home_of_an_unknown_user_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
     paths = {"~/a": "/home/ann/a", "~nobody-here/a": "~nobody-here/a", "a/~": "a/~"}
+
     assert {path: str(expand_user(path)) for path in paths} == paths

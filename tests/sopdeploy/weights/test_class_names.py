@@ -65,6 +65,7 @@ def test_what_is_beside_a_name_is_refused_and_never_part_of_it(
 ) -> None:
     name, text = LEFT[case]
     (tmp_path / name).write_bytes(text.encode())
+
     with pytest.raises(ConfigError, match="name per line"):
         read_class_names(tmp_path / name)
 
@@ -73,6 +74,7 @@ def test_what_is_beside_a_name_is_refused_and_never_part_of_it(
 def test_names_that_tools_write_are_understood(case: str, tmp_path: Path) -> None:
     name, text = UNDERSTOOD[case]
     (tmp_path / name).write_bytes(text.encode())
+
     assert read_class_names(tmp_path / name) == NAMES
 
 
@@ -188,6 +190,7 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
 def test_what_may_be_more_than_names_is_refused(case: str, tmp_path: Path) -> None:
     name, content, message = REFUSED_FILES[case]
     (tmp_path / name).write_bytes(content)
+
     with pytest.raises(ConfigError, match=message):
         read_class_names(tmp_path / name)
 

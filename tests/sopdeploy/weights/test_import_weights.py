@@ -99,6 +99,7 @@ def test_torchvision_files_are_identified_by_their_hash(
 ) -> None:
     file = WeightFile(path=Path("a.pth"), sha256=digest + "0" * 56, tensors={})
     found, notes = pytorch_projects.find_preprocess(f"resnet{depth}", file)
+
     assert (found.resize, found.crop, found.interpolation) == (resize, 224, "bilinear")
     assert notes[0].startswith("preprocessing of torchvision's")
 

@@ -69,6 +69,7 @@ def test_training_checkpoints_give_the_same_logits(
     ours, report = imported(
         training_file(tmp_path / "a.pth.tar", released, arch), model, settings=DEPTH
     )
+
     assert_released_logits(ours, released)
     assert report.config["conv5_stride"] == stride
 
@@ -252,6 +253,7 @@ def test_the_classifier_of_gsop_net2_is_made_row_wise(tmp_path: Path) -> None:
     ours, report = imported(
         gsop(tmp_path / "a.pth.tar", "gsop-net2 channel"), "gsop-net2-resnet26"
     )
+
     assert_released_logits(ours, "gsop-net2 channel")
     assert report.config["iterations"] == 3
     assert not torch.equal(ours.fc.weight.float(), state_of("gsop-net2 channel")["fc.weight"])

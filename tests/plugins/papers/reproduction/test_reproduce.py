@@ -212,6 +212,7 @@ def test_data_that_are_missing_end_the_command_before_the_first_row(tmp_path) ->
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_row_of_a_table_runs_with_a_small_network(name, tmp_path) -> None:
     found = reproduce(small_table(TABLES[name]), ReproduceOptions(out=tmp_path))
+
     assert found.page.is_file()
     for row in found.rows:
         assert (row.recipe is None) == bool(row.reason), row.reason
@@ -228,6 +229,7 @@ def test_tables_that_are_not_trained_show_counts_or_only_what_is_printed(tmp_pat
         ("slides-layers", "row figure printed"),
     ):
         shown = CliRunner().invoke(app, ["reproduce", name, "--out", str(tmp_path)]).stdout
+
         assert shown.splitlines()[0].split() == columns.split()
         assert TABLES[name].rows[0].name in (tmp_path / name / "index.html").read_text(
             encoding="utf-8"

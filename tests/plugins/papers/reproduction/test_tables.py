@@ -300,6 +300,7 @@ def test_the_catalog_builds_the_maps_blocks_and_branches_that_a_table_prints(nam
         with torch.device("meta"):
             network = create_model(recipe.model.name, **recipe.model.config)
         found = architecture(network, recipe.preprocess.crop)
+
         assert {fact: found[fact] for fact in row.facts} == row.facts, row.id
 
 

@@ -259,6 +259,7 @@ def test_of_several_models_one_is_chosen_and_asked(open_page, onnx_runtime, bund
 def test_no_cell_of_the_file_is_a_formula_for_a_spreadsheet(page, cell):
     written = page.evaluate("cell => csv([[cell]])", cell)
     (read,) = csv.reader(io.StringIO(written.removeprefix("\ufeff"), newline=""))
+
     assert written.startswith("\ufeff")
     assert read == [cell if cell[0] == "a" else f"'{cell}"]
 

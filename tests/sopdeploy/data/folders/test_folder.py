@@ -102,6 +102,7 @@ def test_a_class_of_one_image_is_left_out_with_a_line(tmp_path) -> None:
     assert names(split.train) == [
         f"{label}/00{number}.jpg" for label in "ac" for number in range(3)
     ]
+
     [note] = split.notes
     assert note.startswith(f"{tmp_path}: ")
     assert ": b;" in note
@@ -211,6 +212,7 @@ def test_classes_that_are_easily_confused_are_named(tmp_path, other) -> None:
 def test_a_split_depends_on_the_names_and_its_own_seed_only(tmp_path) -> None:
     split = open_at(make(tmp_path / "x", a=20, b=20))
     held = names(split.held_out)
+
     assert names(open_at(tmp_path / "x").held_out) == held
     assert names(open_at(make(tmp_path / "y", b=20, a=20)).held_out) == held
     assert names(open_at(tmp_path / "x", seed=1).held_out) != held
@@ -336,6 +338,7 @@ UNCLEAR = [
 )
 def test_folders_that_may_be_a_mistake_are_named(tmp_path, counts, sizes, line) -> None:
     split, log = open_logged(make(tmp_path, **counts))
+
     assert (len(split.train), len(split.held_out)) == sizes
     assert line in log
     assert log.count("\n") == 0
@@ -430,6 +433,7 @@ def test_an_image_of_a_table_has_the_names_of_all_its_classes(tmp_path) -> None:
 def test_a_text_called_labels_that_lists_no_image_changes_nothing(tmp_path, name) -> None:
     make(tmp_path, tulip=3, rose=3)
     (tmp_path / name).write_text("classes = ['tulip', 'rose']\n")
+
     assert open_folder(tmp_path).train.labels == ("rose", "tulip")
 
 
@@ -481,6 +485,7 @@ def test_runs_of_a_folder_that_is_the_current_one_are_written_elsewhere(
 ) -> None:
     monkeypatch.chdir(make(tmp_path / "photos", cat=3, dog=3))
     result = CliRunner().invoke(app, ["train", "--data", "."])
+
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert result.stderr.startswith("error: --out: runs ")
 
@@ -556,6 +561,7 @@ def test_held_out_images_without_classes_are_left_out_in_one_line(
 ) -> None:
     split = open_folder(make(tmp_path, train__a=2, train__b=2, **folders))
     assert len(split.held_out) == (2 if "test__a" in folders else 0)
+
     (note,) = split.notes
     assert line in note
 
@@ -564,6 +570,7 @@ def test_held_out_images_may_lack_a_class(tmp_path) -> None:
     split = open_folder(make(tmp_path, train__a=2, train__b=2, train__c=2, val__c=1, val__a=2))
     assert split.held_out.labels == split.train.labels
     assert split.held_out.class_counts().tolist() == [2, 0, 1]
+
     [note] = split.notes
     assert note.startswith(f"{tmp_path}/val: ")
     assert " b," in note

@@ -147,6 +147,7 @@ def test_a_missing_table_is_known_by_its_suffix_in_capitals(tmp_path) -> None:
     make(tmp_path, {"x/a": 2, "x/b": 1})
     reading = FolderReading(classes_from="HAM.CSV")
     images = open_evaluation_images(tmp_path, ("a", "b"), reading=reading)
+
     assert images.class_counts().tolist() == [2, 1]
 
 

@@ -98,6 +98,7 @@ def test_a_backslash_in_a_file_name_is_read_as_it_is(folder: Path) -> None:
 def test_classes_of_a_table_that_are_easily_confused_are_named(folder: Path) -> None:
     table = "file,classes\na.png,Hat\nb.png,hat\nsub/c.png,red  cat\nd.png,red cat\n"
     notes = check_data(write(folder, table)).notes
+
     assert any(note.startswith(f"{folder}/labels.csv: 'Hat' and 'hat' ") for note in notes)
     assert any("'red  cat' and 'red cat'" in note for note in notes)
     with pytest.raises(DataError, match=r"'Hat' and 'hat'"):
@@ -124,6 +125,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("text", PROBLEMS)
 def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str) -> None:
     path = write(folder, text)
+
     with pytest.raises(DataError, match=f"{path}(/labels.csv)?: {PROBLEMS[text]}") as caught:
         open_folder(path)
     assert "\n" not in str(caught.value)
@@ -183,6 +185,7 @@ def test_the_encoding_of_a_table_is_that_of_its_byte_order_mark(
 ) -> None:
     mark = "\ufeff" if encoding in {"utf-16-le", "utf-16-be"} else ""
     (folder / "labels.csv").write_bytes((mark + TABLE).encode(encoding))
+
     assert rows(folder, ("Ä", "dog")) == {"a.png": [1, 1], "b.png": [0, 0], "sub/c.png": [0, 1]}
 
 
@@ -283,6 +286,7 @@ def test_the_check_counts_classes_and_finds_unlisted_and_broken_images(folder: P
     assert [(part["name"], part["count"], part["classes"]) for part in found["parts"]] == [
         ("all", 3, {"cat": 1, "dog": 2})
     ]
+
     [note] = found["notes"]
     assert note.endswith(f"labels.csv: 1 image: {folder / 'd.png'}")
     assert "sub/c.png: " in found["unreadable"][0]
@@ -291,6 +295,7 @@ def test_the_check_counts_classes_and_finds_unlisted_and_broken_images(folder: P
 
 def test_a_name_of_two_images_needs_its_folder(folder: Path) -> None:
     shutil.copy(folder / "a.png", folder / "sub" / "a.png")
+
     with pytest.raises(DataError, match=r"line 2: 'a'"):
         open_folder(write(folder, "file,classes\na,cat\nb,dog\n"))
     assert rows(write(folder, "file,classes\na.png,cat\nb,dog\n")) == {

@@ -103,6 +103,7 @@ def test_smaller_darker_copies_are_grouped_without_a_network(tmp_path: Path, cop
     images = list_classes(list_contents(write_scenes(tmp_path, copies=copies))).images
     groups = group_photographs(images).groups
     scenes = true_groups(images.paths)
+
     assert groups.tolist() == [list(dict.fromkeys(scenes)).index(one) for one in scenes]
 
 
@@ -148,6 +149,7 @@ def test_images_of_one_direction_beside_what_all_have_in_common_are_copies(
 def test_an_image_that_resembles_a_corner_of_another_one_is_its_copy():
     views = random_views(60, num_views=5)
     views[24, 0] = views[3, 4] + 0.3 * np.random.default_rng(1).normal(size=64)
+
     assert pairs_of(compare(views, np.arange(60) % 4)) == [[3, 24]]
 
 
@@ -171,6 +173,7 @@ def test_a_folder_of_one_or_two_images_has_no_near_duplicates(count: int):
 def test_a_recorded_choice_is_found_again_in_another_order(choice: list[int]):
     hashes = np.asarray([5, -7, 9, 2, -7], np.int64)
     record = record_choice(np.asarray(choice, np.int64), hashes)
+
     assert recorded_choice(record, hashes[::-1]).tolist() == choice[::-1]
     assert recorded_choice(record, np.asarray([1, 99], np.int64)).tolist() == [NONE, NONE]
 
@@ -208,6 +211,7 @@ def test_pairs_and_equal_keys_are_connected_and_groups_count_by_their_size():
     groups = connect(
         6, np.asarray([[0], [3]]), ["a", "b", "b", "c", "d", "e"], None, [1, 2, 3, 4, 4, 5]
     )
+
     assert groups.tolist() == [0, 1, 1, 0, 0, 2]
     assert effective_count(groups) == pytest.approx(36 / 14)
     assert effective_count(np.arange(7)) == 7
@@ -498,4 +502,5 @@ def test_plain_images_are_not_copies_of_each_other():
     plain = [np.full((32, 32, 3), level, np.uint8) for level in (0, 90, 91, 255)]
     scenes = [np.asarray(scene(seed).resize((32, 32))) for seed in range(6)]
     small = np.stack([shrink(Image.fromarray(one)) for one in (*plain, *scenes)])
+
     assert not find_turned(small).size

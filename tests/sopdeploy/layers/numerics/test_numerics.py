@@ -131,6 +131,7 @@ def test_training_and_inference_are_bit_identical(side: int) -> None:
     torch.manual_seed(4)
     layer = ISqrtCov(12)
     features = torch.randn(2, 12, side, side)
+
     assert torch.equal(layer(features.clone().requires_grad_()), layer(features))
 
 
@@ -181,6 +182,7 @@ def test_equal_eigenvalues_use_the_derivative(function) -> None:
 def test_second_derivatives_are_rejected() -> None:
     features = relu_features(1, 4, 4).requires_grad_()
     loss = MpnCovConfig().build(4)(features).sum()
+
     with pytest.raises(TrainingError, match="pooling isqrt"):
         torch.autograd.grad(loss, features, create_graph=True)
 
