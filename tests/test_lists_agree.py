@@ -418,7 +418,8 @@ def test_each_message_between_processes_is_sent_and_awaited() -> None:
             if name in kinds and isinstance(getattr(node, "ctx", None), ast.Load):
                 (awaited if node in comparisons else used).add(name)
 
-    assert (kinds - used, kinds - awaited) == (set(), set())
+    assert kinds - used == set()
+    assert kinds - awaited == set()
 
 
 def test_each_alert_has_a_test_and_a_row_on_its_page() -> None:

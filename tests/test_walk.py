@@ -85,7 +85,8 @@ def test_training_writes_a_run_with_a_report_and_says_where(
 ) -> None:
     assert (home / trained["best"]).is_file()
     assert Path(trained["best"]).parent == Path("runs/photos-1")
-    assert (trained["num_epochs"], 0 <= trained["best_top1"] <= 1) == (2, True)
+    assert trained["num_epochs"] == 2
+    assert 0 <= trained["best_top1"] <= 1
     assert "validation images" in (home / trained["report"]).read_text(encoding="utf-8")
     assert trained["held_out_count"] == pytest.approx(len(COLOURS) * PHOTOS / 5, abs=3)
 
@@ -105,7 +106,8 @@ def test_the_export_detaches_with_proof_and_says_nothing_of_its_machine(
         "num_classes": len(COLOURS),
     }
     assert (manifest.project, manifest.model) == ("photos", "dsop-resnet8")
-    assert (exported["detached"], exported["num_tensors_removed"] > 0) == (["branches"], True)
+    assert exported["detached"] == ["branches"]
+    assert exported["num_tensors_removed"] > 0
     assert not exported["parity"]["drift_allowed"]
     assert {path.name for path in bundle.parent.iterdir()} == {
         bundle.name,
@@ -151,10 +153,8 @@ def test_a_service_gives_the_numbers_of_the_bundle_and_ends_cleanly(
         assert errors == ""
         assert client.child.returncode == 0
 
-    assert (measured["count"], measured["top1"]["share"] >= 1 / len(COLOURS)) == (
-        len(COLOURS) * PHOTOS,
-        True,
-    )
+    assert measured["count"] == len(COLOURS) * PHOTOS
+    assert measured["top1"]["share"] >= 1 / len(COLOURS)
     assert measured["log_loss"] == pytest.approx(found["log_loss"], abs=1e-5)
 
 
@@ -162,8 +162,11 @@ def run_here(
     command: list[str], *, cwd: Path, check: bool, stdout: int, stderr: int, text: bool
 ) -> CompletedProcess[str]:
     """Run a command of `sopdeploy` in this process, as a process of its own would import torch again."""
-    assert (command[:3], check) == ([sys.executable, "-m", "sopdeploy"], False)
-    assert (stdout, stderr, text) == (subprocess.PIPE, subprocess.STDOUT, True)
+    assert command[:3] == [sys.executable, "-m", "sopdeploy"]
+    assert check is False
+    assert stdout == subprocess.PIPE
+    assert stderr == subprocess.STDOUT
+    assert text is True
     with chdir(cwd), quick_torch.one_thread(), proving_once():
         done = CliRunner().invoke(app, command[3:])
     assert done.exit_code == 0, done.output
@@ -241,7 +244,8 @@ def test_the_photographs_of_the_demo_are_those_of_its_table() -> None:
 
     of_tests = {path.name for path in (ROOT / "tests").rglob("*.jpg")}
     contents = {path.read_bytes() for path in photos}
-    assert (len(contents), {path.name for path in photos} & of_tests) == (len(photos), set())
+    assert len(contents) == len(photos)
+    assert {path.name for path in photos} & of_tests == set()
 
 
 SESSION = "onnxruntime.InferenceSession(sys.argv[1] + '/model.onnx', providers=['CPUExecutionProvider'])"

@@ -76,7 +76,9 @@ def error_line(*arguments: str) -> str:
     """Run a command that must fail with one error line and write nothing; return the line."""
     result = sopdeploy_cli(*arguments)
     assert result.exit_code == 2, result.output or repr(result.exception)
-    assert (result.stdout, result.stderr[:7], result.stderr.count("\n")) == ("", "error: ", 1)
+    assert result.stdout == ""
+    assert result.stderr[:7] == "error: "
+    assert result.stderr.count("\n") == 1
     assert list(Path.cwd().iterdir()) == []
     return result.stderr
 
@@ -267,7 +269,10 @@ def test_a_training_shows_warnings_and_how_much_is_done() -> None:
 
     bars.on_warning("two files are equal")
     bars.on_stage(name="features", done=3, total=9)
-    assert (task.description, task.completed, task.total, task.fields["note"]) == ("", 3, 9, "")
+    assert task.description == ""
+    assert task.completed == 3
+    assert task.total == 9
+    assert task.fields["note"] == ""
     assert shown.getvalue().splitlines() == ["warning: two files are equal", "features"]
 
     bars.on_step_end(epoch=1, epochs=4, step=2, steps=10, loss=0.5)
@@ -321,7 +326,9 @@ def test_ctrl_c_ends_a_command_with_one_line_and_130(
     command, function = INTERRUPTED[case]
     monkeypatch.setattr(function, interrupt)
     result = sopdeploy_cli(*command.split())
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "stopped by Ctrl-C\n")
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    assert result.stderr == "stopped by Ctrl-C\n"
     assert list(Path.cwd().iterdir()) == []
 
 

@@ -107,12 +107,12 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     answers = [one.classes[0].label for one in predict(first, paths, threads=1)]
     right = sum(one == path.parent.name for one, path in zip(answers, paths, strict=True))
 
-    assert (found.num_images, found.first.top1.right, found.second.top1.right) == (
-        40,
-        right,
-        40,
-    )
-    assert (found.wins, found.losses, found.difference) == (40 - right, 0, (40 - right) / 40)
+    assert found.num_images == 40
+    assert found.first.top1.right == right
+    assert found.second.top1.right == 40
+    assert found.wins == 40 - right
+    assert found.losses == 0
+    assert found.difference == (40 - right) / 40
     assert found.low == bound_difference(40 - right, 0, 40, -1.0, Z_90)
     assert found.low < found.difference <= found.high
     assert found.p == mcnemar(40 - right, 0)
@@ -124,7 +124,9 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     assert done[-1] == (80, 80)
 
     back = compare(second, first, photos)
-    assert (back.wins, back.difference, back.passes) == (0, -found.difference, False)
+    assert back.wins == 0
+    assert back.difference == -found.difference
+    assert back.passes is False
 
 
 # photographs, wins, losses: whether a loss of more than the tolerance is unlikely
@@ -167,14 +169,12 @@ def test_copies_of_photographs_count_once(bundles, labelled) -> None:
     after = compare(first, second, photos)
 
     assert (before.num_copies, after.num_copies) == (0, 36)
-    assert (after.num_images, after.wins, after.losses, after.low, after.high, after.p) == (
-        before.num_images,
-        before.wins,
-        before.losses,
-        before.low,
-        before.high,
-        before.p,
-    )
+    assert after.num_images == before.num_images
+    assert after.wins == before.wins
+    assert after.losses == before.losses
+    assert after.low == before.low
+    assert after.high == before.high
+    assert after.p == before.p
 
 
 # The features are the sums of both halves of an image, which do not change if they change places.
@@ -229,7 +229,9 @@ def test_photographs_of_the_training_and_their_copies_are_left_out(
     Image.open(one).save((photos / one.relative_to(seen)).with_name("copy.jpg"), quality=70)
     found = compare(first, trained, photos)
 
-    assert (found.num_trained_on, found.num_images, found.num_copies) == (13, 18, 0)
+    assert found.num_trained_on == 13
+    assert found.num_images == 18
+    assert found.num_copies == 0
 
     # So the record may be incomplete
     monkeypatch.setattr("sopdeploy_commands.compare.MAX_RECORDED", 12)
@@ -281,7 +283,8 @@ def test_a_class_that_only_the_second_bundle_has_counts(bundles, labelled, tmp_p
     photograph(0).save(photos / "cow" / "0.png")
     found = compare(first, newer, photos)
 
-    assert (found.num_images, found.removed) == (40, (name,))
+    assert found.num_images == 40
+    assert found.removed == (name,)
 
     of_yak = [one for one in found.classes if one.label == "yak"]
     assert [(one.num_images, one.first, one.second) for one in of_yak] == [
@@ -309,15 +312,15 @@ def log_of(shelf: Path) -> list[dict]:
 def test_a_better_bundle_is_promoted_and_taken_back(bundles, labelled, shelf) -> None:
     first, second = (bundle.name for bundle in bundles)
     move = promote(shelf / second, shelf / "live", labelled(bundles[1]))
-    assert ((shelf / "live").readlink().name, move.before, move.after) == (
-        second,
-        first,
-        second,
-    )
+    assert (shelf / "live").readlink().name == second
+    assert move.before == first
+    assert move.after == second
 
     created, moved = log_of(shelf)
-    assert (created["reason"], created["before"]) == ("first bundle", None)
-    assert (moved["reason"], moved["refused"]) == (move.comparison.summary, False)
+    assert created["reason"] == "first bundle"
+    assert created["before"] is None
+    assert moved["reason"] == move.comparison.summary
+    assert moved["refused"] is False
     assert moved["comparison"]["first"]["bundle"] == first
     assert moved["user"]
     assert promote(back=shelf / "live").after == first
@@ -327,7 +330,8 @@ def test_a_better_bundle_is_promoted_and_taken_back(bundles, labelled, shelf) ->
 
 def test_without_images_nothing_is_compared(bundles, shelf) -> None:
     move = promote(shelf / bundles[1].name, shelf / "live")
-    assert (move.comparison, (shelf / "live").readlink().name) == (None, bundles[1].name)
+    assert move.comparison is None
+    assert (shelf / "live").readlink().name == bundles[1].name
 
 
 def test_what_may_lose_too_much_is_refused_unless_forced(bundles, labelled, shelf) -> None:
@@ -341,7 +345,8 @@ def test_what_may_lose_too_much_is_refused_unless_forced(bundles, labelled, shel
         promote(back=shelf / "live")
 
     move = promote(shelf / second, shelf / "live", labelled(bundles[0]), force="a camera")
-    assert (move.reason, move.comparison.passes) == ("a camera", False)
+    assert move.reason == "a camera"
+    assert move.comparison.passes is False
     assert (shelf / "live").readlink().name == second
 
 
@@ -367,10 +372,8 @@ def test_a_damaged_bundle_never_becomes_live(bundles, shelf) -> None:
         with pytest.raises(SopdeployError, match=r"model\.onnx"):
             promote(second, shelf / ("live" if force else "new"), None, force=force)
 
-    assert ((shelf / "live").readlink().name, (shelf / "new").is_symlink()) == (
-        bundles[0].name,
-        False,
-    )
+    assert (shelf / "live").readlink().name == bundles[0].name
+    assert not (shelf / "new").is_symlink()
 
 
 def test_arguments_that_do_not_fit_change_nothing(bundles, shelf) -> None:

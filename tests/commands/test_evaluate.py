@@ -246,12 +246,10 @@ def test_a_report_on_four_images_computed_by_hand() -> None:
     rows = [(0, 0.7, 0.2, 0.1), (0, 0.3, 0.6, 0.1), (1, 0.1, 0.8, 0.1), (2, 0.5, 0.3, 0.2)]
     found = classification_report(LABELS, [score(*row) for row in rows])
 
-    assert (found.count, found.top1.right, found.top1.share, found.top5.share) == (
-        4,
-        2,
-        0.5,
-        1.0,
-    )
+    assert found.count == 4
+    assert found.top1.right == 2
+    assert found.top1.share == 0.5
+    assert found.top5.share == 1.0
     assert found.confusion == ((1, 1, 0), (0, 1, 0), (1, 0, 0))
     assert [(one.label, one.count, one.answered, one.precision) for one in found.classes] == [
         ("a", 2, 2, 0.5),

@@ -595,7 +595,8 @@ def test_containers_have_valid_arguments_and_settings(container: dict[str, Any])
 def test_containers_have_no_privileges(container: dict[str, Any]) -> None:
     rules = container["securityContext"]
 
-    assert (rules["readOnlyRootFilesystem"], rules["allowPrivilegeEscalation"]) == (True, False)
+    assert rules["readOnlyRootFilesystem"] is True
+    assert rules["allowPrivilegeEscalation"] is False
     assert rules["capabilities"] == {"drop": ["ALL"]}
 
 
@@ -624,7 +625,8 @@ def test_pods_run_as_non_root_roll_out_and_stop_cleanly(
     one_writer = name == "the chart with a claim for photographs"
 
     assert DEPLOYMENTS[name]["strategy"] == ({"type": "Recreate"} if one_writer else rolling)
-    assert (pod["enableServiceLinks"], pod["automountServiceAccountToken"]) == (False, False)
+    assert pod["enableServiceLinks"] is False
+    assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert f"USER {pod['securityContext']['runAsUser']}:" in DOCKERFILE
 
@@ -640,10 +642,8 @@ def test_pods_with_a_gpu_have_its_runtime_class_and_processes() -> None:
     pod = pod_of_chart("on GPUs")
     (server,) = pod["containers"]
 
-    assert (pod["runtimeClassName"], server["resources"]["limits"]["nvidia.com/gpu"]) == (
-        "nvidia",
-        1,
-    )
+    assert pod["runtimeClassName"] == "nvidia"
+    assert server["resources"]["limits"]["nvidia.com/gpu"] == 1
     # Without a limit, the decoders and front ends of each pod would be those of all cores of
     # the node.
     assert server["resources"]["limits"]["cpu"] == server["resources"]["requests"]["cpu"]

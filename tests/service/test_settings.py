@@ -27,12 +27,10 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
     monkeypatch.setenv("SOPDEPLOY_TOP_K", "4")
     settings = load_settings(file, port=7000, top_k=None)
 
-    assert (settings.port, settings.top_k, settings.max_images, settings.queue_size) == (
-        7000,
-        4,
-        3,
-        256,
-    )
+    assert settings.port == 7000
+    assert settings.top_k == 4
+    assert settings.max_images == 3
+    assert settings.queue_size == 256
     assert load_settings(file, port=0).port == 0  # an argument, and not the lack of one
 
     settings = Settings(keep=tmp_path / 'an "odd" name 😀', devices=("0", "1"))

@@ -114,7 +114,9 @@ def test_an_engine_is_built_once_beside_the_bundle(
     assert [str(profile) for profile in built.record.key.profiles] == ["1", "2-4", "5-16"]
 
     cached = get_engine(bundle, OPTIONS)
-    assert (machine.plans, cached.reason, cached.record) == (1, None, built.record)
+    assert machine.plans == 1
+    assert cached.reason is None
+    assert cached.record == built.record
     assert built.path.parent == tmp_path / "engines" / bundle.name
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -235,7 +237,9 @@ def test_without_tensorrt_or_a_gpu_the_error_is_one_line(
         monkeypatch.setitem(sys.modules, name, module)
     done = run(bundle.path)
 
-    assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
     assert re.search(message, done.stderr)
 
 

@@ -180,7 +180,8 @@ def test_low_rank_bilinear_pooling_starts_from_the_weights_of_vgg16() -> None:
     )
     report = load_start_weights(given, network, ("a", "b", "c"))
 
-    assert (report.new, report.unused) == (("classifier", "pooling"), ("classifier",))
+    assert report.new == ("classifier", "pooling")
+    assert report.unused == ("classifier",)
     assert all(bool((value == 0.5).all()) for name, value in network.layers.named_parameters())
     assert published_network("lrbp-vgg16", network.config) == "vgg16_bn"
 

@@ -101,10 +101,8 @@ BAD_BODIES = {
 def test_a_bad_image_has_its_own_code(body, expected):
     with pytest.raises(ImageError) as caught:
         decode(body, RULES, max_bytes=1_000_000, max_pixels=Settings().max_pixels)
-    assert (caught.value.status, caught.value.code) == (
-        expected[0],
-        expected[1] or caught.value.code,
-    )
+    assert caught.value.status == expected[0]
+    assert expected[1] in (None, caught.value.code)
 
 
 @pytest.mark.parametrize("kind", ["ICO", "EPS", "JPEG2000", "TGA", "TIFF", "PPM"])
@@ -400,7 +398,9 @@ def test_images_in_json_have_the_same_response_as_raw_images(client, jpeg, text)
     assert client.post("/v1/classify", json={"images": [text]}).json() == {"results": [plain]}
     two = client.post("/v1/classify", json={"images": [text, "aGVsbG8="]}).json()["results"]
     bad = two[1]["error"]
-    assert (two[0], bad["code"], bad["status"]) == (plain, "not_an_image", 415)
+    assert two[0] == plain
+    assert bad["code"] == "not_an_image"
+    assert bad["status"] == 415
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ def test_a_bundle_without_threshold_answers_without_known_and_score(
 
     with Client(str(client.base_url)) as typed:
         answer = typed.classify(jpeg)
-    assert (answer.known, answer.score) == (None, None)
+    assert answer.known is None
+    assert answer.score is None
 
 
 @pytest.fixture(scope="module")

@@ -284,7 +284,8 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
         for pixels in PIXELS[:6]:
             images.append(asyncio.ensure_future(model.run(pixels, FOREVER)))
             await asyncio.sleep(0)
-        assert ([one.queue_length for one in channels], model.num_devices) == ([3, 3], 2)
+        assert [one.queue_length for one in channels] == [3, 3]
+        assert model.num_devices == 2
 
         # The first one becomes free and gets all others.
         runtimes[0].gate.set()

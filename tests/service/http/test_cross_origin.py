@@ -70,10 +70,8 @@ def test_pages_of_allowed_origins_may_send_images_with_keys_and_read_answers(
         for origin in refused:
             page = {"origin": origin, "sec-fetch-site": "cross-site"}
             asked = client.options("/v1/classify", headers={**page, **ASKED})
-            assert (asked.status_code, asked.headers.get("access-control-allow-origin")) == (
-                400,
-                None,
-            )
+            assert asked.status_code == 400
+            assert asked.headers.get("access-control-allow-origin") is None
             sent = client.post(
                 "/v1/classify", content=jpeg, headers={**page, "x-api-key": secret}
             )
@@ -135,7 +133,5 @@ def test_a_page_of_the_internet_may_use_a_private_server_if_allowed(
     asked = {"origin": SHOP, **ASKED, "access-control-request-private-network": "true"}
     reply = client.options("/v1/classify", headers=asked)
 
-    assert (reply.status_code, reply.headers["access-control-allow-private-network"]) == (
-        200,
-        "true",
-    )
+    assert reply.status_code == 200
+    assert reply.headers["access-control-allow-private-network"] == "true"

@@ -233,7 +233,8 @@ def test_a_damaged_bundle_is_named_and_the_others_are_served(damage, tmp_path, c
     with pytest.raises(BundleError) as error:
         found([folder])
     assert str(newer) in str(error.value)
-    assert (reason in str(error.value), "\n" in str(error.value)) == (True, False)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_bundle_that_is_given_twice_is_one_bundle(tmp_path, monkeypatch) -> None:

@@ -94,8 +94,12 @@ def test_a_day_is_told_once_beside_the_days_before(
             shares.count("m", label, is_unknown=is_new or number == 0)
 
     last_day, before = shares.describe("m")
-    assert (last_day.num_images, last_day.labels, last_day.unknown) == (240, {"shoe": 1}, 1)
-    assert (before.num_images, before.labels, before.unknown) == (24 * 70, {"hat": 1}, 0.1)
+    assert last_day.num_images == 240
+    assert last_day.labels == {"shoe": 1}
+    assert last_day.unknown == 1
+    assert before.num_images == 24 * 70
+    assert before.labels == {"hat": 1}
+    assert before.unknown == 0.1
     assert len(caplog.records) == 9
     assert len(shares._hours["m"]) <= 24 * 9  # of the last line; nothing grows without end
 

@@ -78,7 +78,9 @@ def test_opening_it_sends_nothing_and_leaves_the_home_folder_alone(
         check=False,
     )
 
-    assert (done.returncode, done.stderr, list((tmp_path / "home").iterdir())) == (0, "", [])
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert list((tmp_path / "home").iterdir()) == []
 
 
 RELEASED_BEFORE_A_SIGNAL = """

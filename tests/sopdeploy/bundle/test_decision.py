@@ -91,7 +91,8 @@ def test_a_classifier_that_cannot_be_scaled_gets_a_threshold() -> None:
     logits, targets = calibrated(500)
     decision = fit_decision(3 * logits, targets, estimated_on="held-out", scalable=False)
 
-    assert (decision.temperature, decision.rejection is None) == (1.0, False)
+    assert decision.temperature == 1.0
+    assert decision.rejection is not None
 
 
 @pytest.mark.parametrize(("images", "accepts"), [(60, 0.8), (1000, 0.95)])
@@ -193,7 +194,9 @@ def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> N
         home / "ckpt.pt", home / "photos", fit_decision=home / "fitted.pt"
     )
 
-    assert (found.metrics, found.scores, plain.decision) == (plain.metrics, plain.scores, None)
+    assert found.metrics == plain.metrics
+    assert found.scores == plain.scores
+    assert plain.decision is None
     assert found.decision is not None
     assert found.decision.calibration is not None
     assert found.decision.rejection is not None
@@ -203,7 +206,8 @@ def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> N
     assert (home / "ckpt.pt").read_bytes() == source
 
     before, after = read_checkpoint(home / "ckpt.pt"), read_checkpoint(home / "fitted.pt")
-    assert (before.decision, after.decision) == (None, found.decision)
+    assert before.decision is None
+    assert after.decision == found.decision
     pairs = zip(
         *(build_classifier(one, home).state_dict().values() for one in (before, after)),
         strict=True,
@@ -232,7 +236,9 @@ def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
 
     assert fitted is not None
     assert fitted.thresholds is not None
-    assert (len(fitted.thresholds), fitted.calibration, fitted.rejection) == (2, None, None)
+    assert len(fitted.thresholds) == 2
+    assert fitted.calibration is None
+    assert fitted.rejection is None
     assert fitted.thresholds != decision.thresholds
 
 

@@ -336,7 +336,8 @@ def test_how_a_folder_was_read_is_written_if_it_says_something(
 
 def test_the_id_is_first_and_depends_on_the_other_fields() -> None:
     one = manifest()
-    assert (one.to_bytes(), one.image_shape) == (manifest().to_bytes(), (16, 16, 3))
+    assert one.to_bytes() == manifest().to_bytes()
+    assert one.image_shape == (16, 16, 3)
     assert list(json.loads(one.to_bytes()))[:4] == ["id", "sha256", "format", "version"]
     assert json.loads(one.to_bytes())["id"] == one.id
     assert len(one.id) == ID_LENGTH
@@ -355,7 +356,8 @@ def test_the_id_is_first_and_depends_on_the_other_fields() -> None:
 
 def test_the_time_of_the_export_is_not_part_of_the_id() -> None:
     later = manifest(exported_at="2027-01-02T03:04:05.000000Z")
-    assert (later.id, later.to_bytes() == manifest().to_bytes()) == (manifest().id, False)
+    assert later.id == manifest().id
+    assert later.to_bytes() != manifest().to_bytes()
 
     for time in ("", "2026-01-02", "2026-01-02T03:04:05.000000+01:00", "2026-01-02T03:04:05Z"):
         with pytest.raises(ValueError, match="exported_at"):

@@ -62,7 +62,8 @@ def test_augmentation_depends_on_seed_epoch_and_sample_only(change) -> None:
         return view.pixels(order)
 
     first = arrays(1, 2)
-    assert (first.dtype, first.shape) == (np.uint8, (12, 16, 16, 3))
+    assert first.dtype == np.uint8
+    assert first.shape == (12, 16, 16, 3)
     assert np.array_equal(arrays(1, 2, range(11, -1, -1))[::-1], first)
     for seed, epoch in ((1, 3), (2, 2)):
         assert not np.array_equal(arrays(seed, epoch), first)

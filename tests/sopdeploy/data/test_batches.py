@@ -87,7 +87,9 @@ def test_one_fifth_of_the_digits_of_every_class_is_held_out() -> None:
         prepared = PreprocessedDataset(split.held_out, rules)
         (array,), (label,) = prepared.batch([7])
         image, expected = split.held_out.photo(7).image, split.held_out.targets[7]
-        assert (array.dtype, array.shape, label) == (np.uint8, (crop, crop, 3), expected)
+        assert array.dtype == np.uint8
+        assert array.shape == (crop, crop, 3)
+        assert label == expected
         assert np.array_equal(array, preprocess_image(image, rules))
         assert len(prepared) == 359
 

@@ -65,11 +65,9 @@ def test_pixels_equal_torchvision(
     image = noise(*size, seed)
     found, expected = preprocess_image(image, rules), from_torchvision(image, rules)
 
-    assert (found.shape, found.dtype, found.flags.c_contiguous) == (
-        (crop, crop, 3),
-        np.uint8,
-        True,
-    )
+    assert found.shape == (crop, crop, 3)
+    assert found.dtype == np.uint8
+    assert found.flags.c_contiguous is True
 
     if max(size) <= 15 * min(size):
         assert np.array_equal(found, expected)
@@ -238,7 +236,9 @@ def test_tiled_conversion_equals_conversion_of_the_whole_image(
         patch.setattr(pixels, "TILE", tile)
         found, changes = to_rgb(few_values(kind, size, seed), rules), list_changes(image, rules)
 
-    assert (found.mode, found.size, found.tobytes()) == ("RGB", size, whole.tobytes())
+    assert found.mode == "RGB"
+    assert found.size == size
+    assert found.tobytes() == whole.tobytes()
     clear = (
         image.has_transparency_data
         and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
@@ -370,10 +370,8 @@ def test_a_turned_photograph_of_any_format_is_upright(kind: str) -> None:
 
 
 def test_one_set_of_limits_holds_for_training_and_server() -> None:
-    assert (Settings().max_body_bytes, Settings().max_pixels) == (
-        formats.MAX_BYTES,
-        formats.MAX_PIXELS,
-    )
+    assert Settings().max_body_bytes == formats.MAX_BYTES
+    assert Settings().max_pixels == formats.MAX_PIXELS
     with pytest.raises(DataError, match="20000000 bytes"):
         Photo("photo", b"\xff\xd8\xff" + bytes(20_000_000)).preprocess(RULES)
 
@@ -491,6 +489,8 @@ def test_preprocessing_of_torchvision_is_converted() -> None:
     models = pytest.importorskip("torchvision.models")
     found = Preprocess.from_torchvision(models.ResNet50_Weights.IMAGENET1K_V2.transforms())
 
-    assert (found.resize, found.crop, found.interpolation) == (232, 224, "bilinear")
+    assert found.resize == 232
+    assert found.crop == 224
+    assert found.interpolation == "bilinear"
     with pytest.raises(ConfigError, match=r"resize and crop"):
         Preprocess.from_torchvision(torch.nn.Identity())

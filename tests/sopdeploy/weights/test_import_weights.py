@@ -100,7 +100,9 @@ def test_torchvision_files_are_identified_by_their_hash(
     file = WeightFile(path=Path("a.pth"), sha256=digest + "0" * 56, tensors={})
     found, notes = pytorch_projects.find_preprocess(f"resnet{depth}", file)
 
-    assert (found.resize, found.crop, found.interpolation) == (resize, 224, "bilinear")
+    assert found.resize == resize
+    assert found.crop == 224
+    assert found.interpolation == "bilinear"
     assert notes[0].startswith("preprocessing of torchvision's")
 
 
@@ -254,12 +256,10 @@ def test_the_input_size_and_the_labels_can_be_given(
     given = {"resize": 448, "crop": 448, "interpolation": "bicubic"}
     rules = imported(narrow, "resnet8", labels=labels, preprocess=given)[1].preprocess
 
-    assert (rules.resize, rules.crop, rules.interpolation, rules.mean) == (
-        448,
-        448,
-        "bicubic",
-        IMAGENET[0],
-    )
+    assert rules.resize == 448
+    assert rules.crop == 448
+    assert rules.interpolation == "bicubic"
+    assert rules.mean == IMAGENET[0]
     assert read_checkpoint(narrow.with_name("imported.pt")).labels == ("a", "b", "c", "d", "e")
 
 
@@ -296,11 +296,9 @@ def test_every_tensor_of_torchvision_has_a_place(tmp_path: Path, name: str, mode
     with torch.device("meta"):
         expected = create_model(model, num_classes=5).state_dict()
 
-    assert (converted.project, converted.model, converted.num_classes) == (
-        "torchvision",
-        model,
-        5,
-    )
+    assert converted.project == "torchvision"
+    assert converted.model == model
+    assert converted.num_classes == 5
 
     found = {name: tensor.shape for name, tensor in converted.tensors.items()}
     assert found == {name: tensor.shape for name, tensor in expected.items()}

@@ -174,7 +174,9 @@ def test_a_row_runs_on_the_images_that_are_given(tmp_path) -> None:
     found = reproduce(TABLES["dsop-7"], options)
     (run,) = found.rows[0].runs
 
-    assert (run.train_count, run.held_out_count, len(run.history)) == (24, 9, 1)
+    assert run.train_count == 24
+    assert run.held_out_count == 9
+    assert len(run.history) == 1
     assert "--set epochs=1; " in found.deviations
     assert "24 training images instead of 1,281,167" in found.deviations
     assert found.paper_scale.startswith("Run at paper scale: no. ")
@@ -291,18 +293,15 @@ def test_the_small_scale_trains_the_same_networks_and_says_so(name, tmp_path) ->
     for row, paper in zip(small.rows, planned(name), strict=True):
         if row.recipe is None or paper.recipe is None:
             continue
-        assert (row.recipe.model.name, row.recipe.model.config) == (
-            paper.recipe.model.name,
-            paper.recipe.model.config,
-        )
+        assert row.recipe.model.name == paper.recipe.model.name
+        assert row.recipe.model.config == paper.recipe.model.config
         assert row.recipe.data.model_dump(include={"kind", "path"}) == {
             "kind": "folder",
             "path": tmp_path,
         }
         assert row.recipe.preprocess.crop <= 64
-        assert (row.recipe.epochs, row.recipe.start is None or row.recipe.start.weights) == (
-            30,
-            "none",
-        )
+        assert row.recipe.epochs == 30
+        assert row.recipe.start is not None
+        assert row.recipe.start.weights == "none"
 
     assert "--scale small" in small.deviations

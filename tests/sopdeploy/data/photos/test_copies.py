@@ -432,8 +432,10 @@ def test_parts_formats_sizes_and_duplicates_are_reported(photos) -> None:
     assert found.longer_side == (40, 40, 200)
 
     copied, same = found.duplicates
-    assert (copied.across, copied.labels_differ) == (True, False)
-    assert (same.across, same.labels_differ) == (False, True)
+    assert copied.across is True
+    assert copied.labels_differ is False
+    assert same.across is False
+    assert same.labels_differ is True
     assert [file.rpartition("photos/")[2] for file in same.files] == [
         "train/cat/1.jpg",
         "train/dog/same.png",
