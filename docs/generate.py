@@ -9,6 +9,11 @@ import textwrap
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from generate_errors import SERVED, errors_page, served_page
+from generate_floors import PAGE as ARCHITECTURE
+from generate_floors import architecture_page
+from generate_models import models_page
+from generate_operations import pages
 from typer.main import get_command
 
 from sopdeploy.cli.command import COMMON
@@ -108,18 +113,21 @@ def cli_page() -> str:
     return "\n\n".join([*head, *sections]) + "\n"
 
 
+def generated(*, with_models: bool = True) -> dict[Path, str]:
+    """Build all pages; that of the models counts every network."""
+    texts = {
+        FOLDER / "cli.md": cli_page(),
+        FOLDER / "errors.md": errors_page(),
+        SERVED: served_page(),
+        ARCHITECTURE: architecture_page(),
+        **pages(),
+    }
+    if with_models:
+        texts[FOLDER / "models.md"] = models_page()
+    return texts
+
+
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
-    from generate_errors import SERVED, errors_page, served_page
-    from generate_floors import PAGE as ARCHITECTURE
-    from generate_floors import architecture_page
-    from generate_models import models_page
-    from generate_operations import pages
-
-    (FOLDER / "cli.md").write_text(cli_page(), encoding="utf-8")
-    (FOLDER / "errors.md").write_text(errors_page(), encoding="utf-8")
-    SERVED.write_text(served_page(), encoding="utf-8")
-    (FOLDER / "models.md").write_text(models_page(), encoding="utf-8")
-    ARCHITECTURE.write_text(architecture_page(), encoding="utf-8")
-    for operations, text in pages().items():
-        operations.write_text(text, encoding="utf-8")
+    for page, text in generated().items():
+        page.write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 import socket
 import time
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from sopdeploy.errors import ImageError
 from sopdeploy.images.decode import decode
 from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.pixels import preprocess_image
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.preprocess import Fit, Preprocess
 from sopdeploy_commands import predict as predict_command
 from sopdeploy_export.lower.accuracy import calibration_images
 from sopdeploy_service.decoding.child import receive
@@ -124,7 +125,7 @@ def test_a_jpeg_that_was_cut_is_truncated(variant: str) -> None:
 
 
 BACKGROUND = (10, 200, 30)
-FITS = ("crop", "pad", "squash", "squash-crop")
+FITS = get_args(Fit)
 
 
 def rules_for(fit):
@@ -235,7 +236,7 @@ def test_pad_centers_the_whole_image_on_the_background():
         assert np.array_equal(pixels, expected)
 
 
-@pytest.mark.parametrize("fit", ["pad", "squash", "squash-crop"])
+@pytest.mark.parametrize("fit", [fit for fit in FITS if fit != "crop"])
 def test_boxes_of_the_augmentation_are_drawn_in_the_square_that_evaluation_sees(fit):
     rules = rules_for(fit)
     whole = RandomResizedCrop(kind="random-resized-crop", scale=(1.0, 1.0), ratio=(1.0, 1.0))

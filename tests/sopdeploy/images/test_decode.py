@@ -4,6 +4,7 @@ import ast
 import hashlib
 import io
 from random import Random
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,11 +19,11 @@ from sopdeploy.images import decode as module
 from sopdeploy.images.decode import decode
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.pixels import TURNS, center_view, preprocess_image
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.preprocess import Decoding, Fit, Preprocess
 from tests.support.pictures import chunk
 from tests.support.rooms import ROOT
 
-FULL, SCALED, FAST = (Preprocess(decoding=name) for name in ("full", "scaled", "fast"))
+FULL, SCALED, FAST = (Preprocess(decoding=name) for name in get_args(Decoding))
 OPENS = {"open_image", "load_pixels", "draft"}  # and `Image.open`
 # What opens a file, and why: for a network, only `decode` does.
 ALLOWED = {
@@ -136,7 +137,7 @@ def test_the_smallest_scale_keeps_twice_the_resized_sides(size, rules, scale) ->
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("fit", ["crop", "pad", "squash", "squash-crop"])
+@pytest.mark.parametrize("fit", get_args(Fit))
 @pytest.mark.parametrize("decoding", ["scaled", "fast"])
 def test_a_scaled_photograph_of_any_orientation_shows_what_the_full_one_does(
     fit, orientation, decoding
@@ -178,7 +179,7 @@ def test_a_scaled_decoder_allocates_a_sixteenth(monkeypatch) -> None:
     assert sizes == [(640, 513), (2560, 2049)]
 
 
-@pytest.mark.parametrize("decoding", ["full", "scaled", "fast"])
+@pytest.mark.parametrize("decoding", get_args(Decoding))
 def test_random_boxes_come_from_the_size_in_the_header(tmp_path, decoding) -> None:
     exif = Image.Exif()
     exif[0x112] = 6
