@@ -267,13 +267,13 @@ def test_a_training_shows_warnings_and_how_much_is_done() -> None:
     bars = ProgressBars(Console(file=shown))
     (task,) = bars.progress.tasks
 
-    bars.on_warning("two files are equal")
+    bars.on_warning("equal files")
     bars.on_stage(name="features", done=3, total=9)
     assert task.description == ""
     assert task.completed == 3
     assert task.total == 9
     assert task.fields["note"] == ""
-    assert shown.getvalue().splitlines() == ["warning: two files are equal", "features"]
+    assert shown.getvalue().splitlines() == ["warning: equal files", "features"]
 
     bars.on_step_end(epoch=1, epochs=4, step=2, steps=10, loss=0.5)
     of_step = ("epoch 2/4", 13, 40, "loss 0.500")

@@ -92,7 +92,7 @@ def test_another_bundle_is_not_served_if_the_live_one_is_damaged(
     (versions[1] / "probes.npz").unlink()
 
     assert served(folder) == []
-    with pytest.raises(BundleError, match=f"not promoted, {versions[1].name}"):
+    with pytest.raises(BundleError, match=versions[1].name):
         find_bundles([folder], lambda _, path, manifest: read_files(path, manifest))
 
 
@@ -219,7 +219,7 @@ def test_a_log_that_cannot_be_read_is_an_error_unless_torn(
 
     (folder / LOG).unlink()
     (folder / LOG).mkdir()
-    with pytest.raises(ConfigError, match=rf"{LOG}: cannot be read"):
+    with pytest.raises(ConfigError, match=LOG):
         list_bundles(folder)
 
     shutil.rmtree(folder / LOG)

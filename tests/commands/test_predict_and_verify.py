@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import re
 import shutil
 import ssl
 import subprocess
@@ -446,8 +447,8 @@ def test_the_exit_code_is_0_only_for_a_ready_server(
     assert health("--url", "https://127.0.0.1:8000")[:2] == (1, 1)
 
 
-@pytest.mark.parametrize(("known", "is_bare"), [(None, True), (True, True), (False, False)])
-def test_a_line_of_predict_has_no_number_without_a_meaning(known, is_bare, capsys) -> None:
+@pytest.mark.parametrize("known", [None, True, False])
+def test_a_line_of_predict_has_no_number_without_a_meaning(known, capsys) -> None:
     classes = (ClassProbability(label="ant", probability=0.9),)
     score = None if known is None else 0.2367
     print_prediction(
@@ -456,9 +457,8 @@ def test_a_line_of_predict_has_no_number_without_a_meaning(known, is_bare, capsy
     )
 
     printed = capsys.readouterr().out
-    assert printed.endswith("ant 0.9000 (12 ms)\n")
-    assert (printed == "a.jpg: ant 0.9000 (12 ms)\n") is is_bare
-    assert "0.2367" not in printed
+    assert re.findall(r"[\d.]+\d", printed) == ["0.9000", "12"]
+    assert printed.startswith("a.jpg: ant ") is (known is not False)
 
 
 def test_the_cell_that_a_class_depends_on_is_counted_from_one(capsys) -> None:

@@ -65,9 +65,6 @@ def test_a_link_that_servers_follow_is_needed(
 ) -> None:
     monkeypatch.setattr(os, "symlink", failing(code))
 
-    with pytest.raises(
-        SopdeployError,
-        match=rf"live: .*{os.strerror(code)}.; .*symbolic links",
-    ):
+    with pytest.raises(SopdeployError, match=os.strerror(code)):
         promote(bundle_path, tmp_path / "live", None)
     assert (tmp_path / promoting.LOG).read_bytes() == b""

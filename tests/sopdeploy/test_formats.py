@@ -338,7 +338,7 @@ def test_a_run_of_classify_of_a_later_version_names_who_reads_it(
 
     later = {**json.loads(file.read_text()), "written_by": LATER}
     check_refusals(later, read, ignored=set())
-    with pytest.raises(ConfigError, match=rf"part_images: .*sopdeploy {LATER}"):
+    with pytest.raises(ConfigError, match=LATER):
         read({**later, "part_images": {"rows": 1}})
 
 

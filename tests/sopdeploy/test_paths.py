@@ -1,5 +1,6 @@
 """What is at a path that a user gave, and what each command says where something else is wanted."""
 
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -82,47 +83,36 @@ def test_the_kind_of_a_path_is_found(name: str, place: Path) -> None:
     assert what_is(place / name) == KINDS[name]
 
 
-A_BUNDLE = "a bundle is a folder with a manifest.json, as `sopdeploy export` writes it"
-
+# What is there instead of what is wanted, and the path or command that helps
 ADVICE: dict[tuple[Wanted, str], str] = {
-    ("bundle", "bundles"): "a folder of bundles, not a bundle; choose one, such as bundles/latest",
-    ("bundle", "bundles/tiny-1/golden-0.jpg"): "a file of a bundle, not a bundle; give its folder, bundles/tiny-1",
-    ("bundle", "runs/tiny-2"): "a run, not a bundle; run: sopdeploy export runs/tiny-2/last.pt --detach",
-    ("bundle", "runs"): "a folder of runs, not a bundle; run: sopdeploy export runs/tiny-1/best.pt --detach",
-    ("bundle", "weights.pt"): (
-        "weights, not a bundle; run: sopdeploy export weights.pt --network MODULE:CALLABLE"
-    ),
-    ("bundle", "bundle.tar"): f"an archive, not a bundle; {A_BUNDLE}",
-    ("bundle", "photos.zip"): f"an archive, not a bundle; {A_BUNDLE}",
-    ("bundle", "hat.jpg"): f"a photo, not a bundle; {A_BUNDLE}",
-    ("bundle", "notes.txt"): f"not a folder; {A_BUNDLE}",
-    ("bundle", "empty"): "no manifest.json; was this folder written by `sopdeploy export`?",
-    ("checkpoint", "bundles/tiny-1"): (
-        "a bundle, not a checkpoint; to serve it, run: sopdeploy serve bundles/tiny-1"
-    ),
-    ("checkpoint", "runs"): "a folder of runs, not a checkpoint; use runs/tiny-1/best.pt",
-    ("checkpoint", "photos"): "photos, not a checkpoint; run: sopdeploy train --data photos",
-    ("checkpoint", "notes.txt"): "damaged or not a checkpoint; copy it again, or train again",
-    ("checkpoint", "nowhere"): "no such file; use the best.pt of a training run",
-    ("run", "runs"): "a folder of runs, not a run; choose one, such as runs/tiny-1",
-    ("run", "bundles/tiny-1"): (
-        "a bundle, not a run; give the run that it was exported from; runs/index.html lists both"
-    ),
-    ("run", "runs/tiny-1/best.pt"): "a checkpoint, not a run; give the folder of its run",
-    ("run", "empty"): "a folder; give a run of `sopdeploy train`",
-    ("weights", "runs/tiny-1"): "a run, not weights; use runs/tiny-1/best.pt",
-    ("weights", "empty"): "a folder; give a weight file",
-    ("photographs", "bundles/tiny-1"): (
-        "a bundle, not a folder of photos; give a folder with photos"
-    ),
-    ("photographs", "photos.zip"): (
-        "an archive, not a folder of photos; unpack it, and give a folder with photos"
-    ),
-    ("bundle", "fetched.onnx"): POINTER_ADVICE,
-    ("checkpoint", "fetched.pt"): POINTER_ADVICE,
-    ("photographs", "notes.txt"): "not a folder; give a folder with photos",
-    ("photographs", "nowhere"): "no such folder; give a folder with photos",
-}  # fmt: skip
+    ("bundle", "bundles"): "folder of bundles.* bundles/latest",
+    ("bundle", "bundles/tiny-1/golden-0.jpg"): "file of a bundle.* bundles/tiny-1",
+    ("bundle", "runs/tiny-2"): "run.* export runs/tiny-2/last.pt --detach",
+    ("bundle", "runs"): "folder of runs.* export runs/tiny-1/best.pt --detach",
+    ("bundle", "weights.pt"): "weights.* export weights.pt --network",
+    ("bundle", "bundle.tar"): "archive",
+    ("bundle", "photos.zip"): "archive",
+    ("bundle", "hat.jpg"): "photo",
+    ("bundle", "notes.txt"): "not a folder",
+    ("bundle", "empty"): r"no manifest\.json",
+    ("checkpoint", "bundles/tiny-1"): "bundle.* serve bundles/tiny-1",
+    ("checkpoint", "runs"): "folder of runs.* runs/tiny-1/best.pt",
+    ("checkpoint", "photos"): "photos.* train --data photos",
+    ("checkpoint", "notes.txt"): "not a checkpoint",
+    ("checkpoint", "nowhere"): "no such file",
+    ("run", "runs"): "folder of runs.* runs/tiny-1",
+    ("run", "bundles/tiny-1"): "bundle.* runs/index.html",
+    ("run", "runs/tiny-1/best.pt"): "a checkpoint",
+    ("run", "empty"): "a folder",
+    ("weights", "runs/tiny-1"): "run.* runs/tiny-1/best.pt",
+    ("weights", "empty"): "a folder",
+    ("photographs", "bundles/tiny-1"): "a bundle",
+    ("photographs", "photos.zip"): "archive.* unpack",
+    ("bundle", "fetched.onnx"): "git lfs pull",
+    ("checkpoint", "fetched.pt"): "git lfs pull",
+    ("photographs", "notes.txt"): "not a folder",
+    ("photographs", "nowhere"): "no such folder",
+}
 
 
 @pytest.mark.parametrize(("wanted", "name"), ADVICE)
@@ -130,7 +120,10 @@ def test_what_is_not_wanted_is_named_with_what_to_do(
     wanted: Wanted, name: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    assert describe_wrong(Path(name), wanted) == ADVICE[wanted, name]
+    said = describe_wrong(Path(name), wanted)
+
+    assert re.search(ADVICE[wanted, name], said)
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("name", ["fetched.pt", "fetched.onnx", "fetched.safetensors"])

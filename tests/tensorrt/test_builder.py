@@ -49,7 +49,7 @@ def test_the_linted_graph_builds_and_the_raw_one_fails(trt: RealTensorRT, half: 
     assert build(trt, safe, told.append)
     assert told
 
-    with pytest.raises(EngineError, match=r"node 0 \(Transpose node_moved\).*UInt8") as caught:
+    with pytest.raises(EngineError, match="node_moved") as caught:
         build(trt, network(), told.append)
 
     assert "\n" not in str(caught.value)

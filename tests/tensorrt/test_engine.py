@@ -150,7 +150,7 @@ def test_a_cached_engine_that_computes_something_else_is_built_again(
     machine.outcomes = [WRONG]
     again = get_engine(bundle, OPTIONS)
 
-    assert "'logits' deviates by 1" in again.reason
+    assert "'logits'" in again.reason
     assert (again.path, again.path.read_bytes()) == (built.path, b"plan 2")
 
 

@@ -44,6 +44,10 @@ def read(text: Any, binary: bytes = b"", header: str | None = None) -> InferRequ
     return parse_body(raw + binary, header, MANIFEST, MAX_IMAGES, LIMIT)
 
 
+def sizes_named(message: str) -> set[str]:
+    return {*re.findall(r"\b\d+\b", message)}
+
+
 def rejected(*args: Any, **options: Any) -> tuple[str, int, str]:
     with pytest.raises(RejectedError) as caught:
         read(*args, **options)
@@ -322,9 +326,9 @@ def test_binary_data_with_a_wrong_header_or_size_is_rejected():
     for sent in (asked,), (asked, bytes(13)), (tensor(), b"x"):
         assert rejected(*sent)[0] == "wrong_binary_size"
 
-    assert "is 12 bytes, not 13" in rejected(right, bytes(13))[2]
+    assert {"12", "13"} <= sizes_named(rejected(right, bytes(13))[2])
     floats = tensor(datatype="FP32", data=None, parameters={"binary_data_size": 12})
-    assert "48 bytes, not 12" in rejected(floats, bytes(12))[2]
+    assert {"12", "48"} <= sizes_named(rejected(floats, bytes(12))[2])
 
     for raw in (
         b"",

@@ -491,7 +491,7 @@ def test_a_file_of_another_user_is_one_line_with_its_owner(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(api_keys, "read_text", refuse)
-    with pytest.raises(ConfigError, match=rf"chown {os.geteuid()} .*keys\.toml"):
+    with pytest.raises(ConfigError, match=f"chown {os.geteuid()}"):
         read_keys(tmp_path / "keys.toml")
 
 

@@ -74,7 +74,7 @@ def test_little_memory_for_large_images_is_a_warning(
         (350 * MIB, 70_000_000, 166 * MIB, True),
     ):
         assert plan_children(budget, 2, max_pixels).large_memory == memory
-        assert ("2 of 2 decoders" in caplog.text) == warns
+        assert ("decoders" in caplog.text) == warns
 
 
 # Files that no decoder accepts, or that one refuses by its header; code

@@ -76,12 +76,12 @@ def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
         ]
 
         after = registry.find("tiny")
-        with pytest.raises(RejectedError, match=f"no version .*{after.version}"):
+        with pytest.raises(RejectedError, match=after.version):
             registry.find("tiny", before.version)
         await registry.replace({"tiny": open_bundle(versions[1])})
 
         assert registry.find("tiny", after.version) is after  # it was not loaded again
-        with pytest.raises(RejectedError, match="no model 'second'"):
+        with pytest.raises(RejectedError, match="second"):
             registry.find("second")
 
     run_with_registry(versions[0], scenario)
@@ -264,14 +264,15 @@ def test_invalid_sources_are_errors(versions, tmp_path) -> None:
         found([tmp_path / "empty"])
 
 
+# What somebody serves, and the command to run before
 NO_BUNDLES = {
     "runs/photos-1": "export .*photos-1/best.pt --detach",
-    "runs": "folder of runs.*export .*photos-1/best.pt --detach",
-    "checkpoint.bin": "a checkpoint.*export .*checkpoint.bin --detach",
-    "weights.pt": "weights.*export .*weights.pt --network MODULE",
-    "weights.safetensors": "weights.* --network MODULE:CALLABLE",
+    "runs": "export .*photos-1/best.pt --detach",
+    "checkpoint.bin": "export .*checkpoint.bin --detach",
+    "weights.pt": "export .*weights.pt --network",
+    "weights.safetensors": "export .*weights.safetensors --network",
     "tiny/model.onnx": "file of a bundle.*tiny",
-    "photos": "photos.*train --data .*photos",
+    "photos": "train --data .*photos",
 }
 
 

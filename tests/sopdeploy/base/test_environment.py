@@ -104,40 +104,33 @@ def test_a_wrong_variable_of_a_launcher_is_named(
     assert is_main_process()
 
 
-# what a module does when it is imported -> what the error says
+# What a module does when it is imported, and the cause or the command that the error has
 IMPORTS = {
-    "is missing": (
-        "raise ModuleNotFoundError(name='runtime')",
-        'runtime is not installed; run: pip install "sopdeploy[cpu]"',
-    ),
-    "needs a missing one": (
-        "import there_is_no_such_module",
-        'runtime is not installed; run: pip install "sopdeploy[cpu]"',
-    ),
+    "is missing": ("raise ModuleNotFoundError(name='runtime')", "pip install"),
+    "needs a missing one": ("import there_is_no_such_module", "pip install"),
     "has a library that cannot be mapped": (
-        "raise ImportError('libruntime.so: failed to map segment from shared object')",
-        "runtime is installed, but cannot be loaded (ImportError: libruntime.so: failed to map segment from "
-        "shared object); allow more memory, or install it again",
+        "raise ImportError('libruntime.so: failed to map')",
+        "libruntime.so",
     ),
     "hides the cause": (
         "try:\n raise ImportError('libc.so: too short')\n"
-        "except ImportError as error: raise ImportError('install it') from error",
-        "runtime is installed, but cannot be loaded (ImportError: libc.so: too short); allow more memory, or "
-        "install it again",
+        "except ImportError as error: raise ImportError('advice') from error",
+        "libc.so",
     ),
 }
 
 
-@pytest.mark.parametrize(("code", "message"), IMPORTS.values(), ids=IMPORTS)
+@pytest.mark.parametrize(("code", "said"), IMPORTS.values(), ids=IMPORTS)
 def test_a_package_that_cannot_be_loaded_is_not_called_missing(
-    tmp_path, monkeypatch, code, message
+    tmp_path, monkeypatch, code, said
 ) -> None:
     (tmp_path / "failing_runtime.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
 
-    with pytest.raises(RuntimeUnavailableError) as caught:
+    with pytest.raises(RuntimeUnavailableError, match=said) as caught:
         import_optional("failing_runtime", "runtime", "sopdeploy[cpu]", RuntimeUnavailableError)
-    assert str(caught.value) == message
+    assert ("pip install" in str(caught.value)) is (said == "pip install")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_library_that_cannot_be_loaded_is_one_error_line(tmp_path, monkeypatch) -> None:

@@ -162,7 +162,7 @@ def test_a_disk_that_fails_is_one_line_and_leaves_nothing(
 ) -> None:
     (tmp_path / "files").mkdir()
     monkeypatch.setattr(owner, name, failing(code))
-    with pytest.raises(StorageError, match=rf"cannot be written \({os.strerror(code)}\)"):
+    with pytest.raises(StorageError, match=os.strerror(code)):
         action(tmp_path / "files")
 
     is_written = name == "fsync" and action is write_checkpoint

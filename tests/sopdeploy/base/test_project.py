@@ -109,5 +109,5 @@ def test_times_are_utc_and_sort_as_text(monkeypatch: pytest.MonkeyPatch) -> None
 
     for given in ("", "today", "9" * 20):
         monkeypatch.setenv("SOURCE_DATE_EPOCH", given)
-        with pytest.raises(ConfigError, match=f"SOURCE_DATE_EPOCH={given}: "):
+        with pytest.raises(ConfigError, match="SOURCE_DATE_EPOCH"):
             utc_now()

@@ -186,19 +186,14 @@ def link_to(target: Callable[[Path], Path]) -> Callable[[Path], object]:
     return lambda file: file.symlink_to(file.rename(target(file)))
 
 
+# What a file is after the damage, and the word for it in the error of a file that is not the manifest
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (Path.unlink, "missing|no manifest"),
-    "too long": (grow, "bytes, but the manifest says|not JSON"),
-    "the first bit flipped": (
-        lambda file: flip(file, 0),
-        "its sha256 is not the one in|not JSON",
-    ),
-    "a folder": (replace_with(Path.mkdir), "is a folder|no manifest"),
-    "a pipe": (replace_with(os.mkfifo), "is a pipe|no manifest"),
-    "a link to a file outside": (
-        link_to(lambda f: f.parent.parent / f.name),
-        "is a link|no manifest",
-    ),
+    "missing": (Path.unlink, "missing"),
+    "too long": (grow, "bytes"),
+    "the first bit flipped": (lambda file: flip(file, 0), "sha256"),
+    "a folder": (replace_with(Path.mkdir), "a folder"),
+    "a pipe": (replace_with(os.mkfifo), "a pipe"),
+    "a link to a file outside": (link_to(lambda f: f.parent.parent / f.name), "a link"),
 }
 
 
@@ -207,12 +202,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_file_of_another_kind_or_size_is_rejected(
     bundle: Path, name: str, damage: str
 ) -> None:
-    change, message = DAMAGE[damage]
+    change, word = DAMAGE[damage]
     change(bundle / name)
+    word = "manifest" if name == MANIFEST else word
 
-    with pytest.raises(BundleError, match=message) as caught:
+    with pytest.raises(BundleError, match=f"{bundle}.*{word}") as caught:
         open_bundle(bundle)
-    assert str(bundle / name) in str(caught.value) or name == MANIFEST
     assert "\n" not in str(caught.value)
 
 
@@ -221,7 +216,7 @@ def test_a_path_without_a_bundle_is_rejected(tmp_path: Path, place: str) -> None
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "file").write_text("x")
 
-    with pytest.raises(BundleError, match=r"manifest\.json|such folder|a folder"):
+    with pytest.raises(BundleError, match=str(tmp_path / place)):
         open_bundle(tmp_path / place)
 
 
@@ -259,7 +254,7 @@ def test_other_content_of_the_manifest_is_rejected(bundle: Path, case: str) -> N
 def test_a_huge_manifest_is_rejected_without_reading_it(bundle: Path) -> None:
     with (bundle / MANIFEST).open("wb") as file:
         file.truncate(1 << 40)  # sparse
-    with pytest.raises(BundleError, match=f"{MAX_MANIFEST_BYTES} bytes"):
+    with pytest.raises(BundleError, match=str(MAX_MANIFEST_BYTES)):
         read_manifest(bundle)
 
 
@@ -274,17 +269,11 @@ def test_a_file_is_parsed_only_if_its_hash_matches(bundle: Path) -> None:
 
 
 LABEL_FILES: dict[str, tuple[bytes, str]] = {
-    "one too few": (to_json(LABELS[:-1]), "2 class names for 3 outputs"),
-    "an object": (to_json({"0": "ant"}), "not a list of class names"),
+    "one too few": (to_json(LABELS[:-1]), "2 .* 3 "),
+    "an object": (to_json({"0": "ant"}), "a list"),
     "not JSON": (b"ant, bee, cat", ""),
-    "a name that occurs twice": (
-        to_json(["ant", "bee", "ant"]),
-        "'ant': its name occurs twice",
-    ),
-    "a control character": (
-        to_json(["ant", "bee", "c\x1b[2J"]),
-        "its name has control characters",
-    ),
+    "a name that occurs twice": (to_json(["ant", "bee", "ant"]), "'ant'.*twice"),
+    "a control character": (to_json(["ant", "bee", "c\x1b[2J"]), "control"),
 }
 
 
@@ -508,7 +497,7 @@ def changed(
 WRONG: dict[str, tuple[Wrong, str]] = {
     "slightly off": (
         changed(lambda v: v + 0.0011),
-        r"'logits' deviates by 0\.0011 in a batch of \d, but the bound is 0\.001",
+        r"'logits' .*0\.0011 .*0\.001",
     ),
     "wrong second output": (changed(lambda v: v + 0.0005, "gate"), "'gate' deviates"),
     "NaN": (changed(lambda v: v * np.nan), "not finite"),

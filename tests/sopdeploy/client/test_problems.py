@@ -172,6 +172,6 @@ def test_an_unknown_field_is_a_mistake_only_in_this_version_s_file(
         image: str
 
     fields = {"version": 1, "written_by": written_by, "no_such_field": 1}
-    with pytest.raises(ValueError, match=r"no_such_field|image: ") as caught:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - both classes of it
         validate_format(Record, fields)
     assert isinstance(caught.value, OtherVersionError) == is_of_another_version

@@ -226,7 +226,7 @@ def test_parts_sum_to_the_whole(name: str) -> None:
     ("name", "side"), [("resnet18", 0), ("alexnet", 16), ("timm:halonet26t", 7)]
 )
 def test_an_image_that_a_network_cannot_compute_is_a_config_error(name: str, side: int) -> None:
-    with pytest.raises(ConfigError, match=f"image_size: {name} .* {side} pixels"):
+    with pytest.raises(ConfigError, match=f"image_size: .*{side}"):
         describe(name, image_size=side)
 
 

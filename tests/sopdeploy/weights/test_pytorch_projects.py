@@ -215,7 +215,7 @@ def test_a_published_file_that_is_known_to_be_broken_is_refused(
     problem = import_weights.BROKEN["15991845"]
     monkeypatch.setattr(import_weights, "BROKEN", {sha256(file)[:8]: problem})
 
-    with pytest.raises(WeightsError, match=r"renamed\.pth: .*triangle=columns"):
+    with pytest.raises(WeightsError, match="triangle=columns"):
         imported(file, "isqrt-resnet50")
 
     assert [path.name for path in tmp_path.iterdir()] == ["renamed.pth"]

@@ -338,10 +338,14 @@ def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkey
     assert [line["printed"]["id"] for line in planned["rows"]] == ["resnet50-s1", "two-phase"]
 
     second = planned["rows"][1]
-    assert second["commands"][1] == (
-        "sopdeploy train --recipe imagenet-dsop-two-phase --set "
-        "start.weights=out/dsop-3/resnet50-s1/seed-1/best.pt --set seed=1 --out out/dsop-3/two-phase/seed-1"
-    )
+    command, *options = second["commands"][1].split(" --")
+    assert command == "sopdeploy train"
+    assert options == [
+        "recipe imagenet-dsop-two-phase",
+        "set start.weights=out/dsop-3/resnet50-s1/seed-1/best.pt",
+        "set seed=1",
+        "out out/dsop-3/two-phase/seed-1",
+    ]
 
     macs = describe("dsop-resnet50", aux_stride="table", conv5_stride=1).training.macs
     assert second["gpu_hours"] == pytest.approx(
@@ -355,10 +359,8 @@ def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkey
     shown = re.sub(r"\s+", " ", CliRunner().invoke(app, named).stdout)
     assert "--set 'data.path=\"2024\"' " in shown
     assert "0.027 GPU hours" in shown
-    assert (
-        "torchrun --nproc-per-node 8 -m sopdeploy train --recipe cifar10-dsop-resnet20 "
-        in shown
-    )
+    assert "torchrun --nproc-per-node 8 " in shown
+    assert "--recipe cifar10-dsop-resnet20 " in shown
     assert list(tmp_path.iterdir()) == []
 
 

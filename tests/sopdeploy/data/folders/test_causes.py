@@ -29,31 +29,31 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
 
 
 TWO_CLASSES = {f"{label}/{number}.jpg": PHOTO for label in "ab" for number in range(4)}
-# The files of a folder that cannot be trained on, and what is said about it
+# The files of a folder that cannot be trained on, and what to do
 REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
-    "nothing": ({}, "it is empty); put images into it, in one subfolder per class"),
+    "nothing": ({}, "one subfolder per class"),
     "an archive": ({"data.zip": b"PK"}, "unpack data.zip"),
     "two archives": ({"train.tar.gz": b"", "test.zip": b""}, "unpack test.zip, train.tar.gz"),
     "an archive as a class": (
         TWO_CLASSES | {"c/c.zip": b"PK"},
-        "no images in this class folder, only other files (.zip 1); remove the folder, or unpack c/c.zip",
+        "unpack c/c.zip",
     ),
-    "arrays": ({"x.npy": b"", "readme.md": b""}, "write the images of x.npy to image files"),
+    "arrays": ({"x.npy": b"", "readme.md": b""}, "images of x.npy"),
     "another format": (
         {"a/1.tif": b"II*\0", "b/1.tif": b"II*\0"},
-        "convert them with ImageMagick: mogrify -format png {root}/*/*.tif",
+        "mogrify -format png {root}/*/*.tif",
     ),
     "another format below one folder": (
         {f"photos/{label}/1.ppm": b"P6" for label in "ab"},
-        "convert them with ImageMagick: mogrify -format png {root}/*/*/*.ppm",
+        "mogrify -format png {root}/*/*/*.ppm",
     ),
     "a format of single files": (
         TWO_CLASSES | {"c d/1.svg": b"<svg"},
-        """with librsvg: for f in '{root}/c d'/*.svg; do rsvg-convert "$f" -o "$f.png"; done""",
+        """for f in '{root}/c d'/*.svg; do rsvg-convert "$f" -o "$f.png"; done""",
     ),
     "raw files of a camera": (
         TWO_CLASSES | {"c/1.NEF": b"MM\0*"},
-        "remove the folder, or convert them with the program of the camera",
+        "program of the camera",
     ),
     "an archive beside the only folder with images": (
         {f"report/{name}.jpg": PHOTO for name in ("1", "2", "out/x/3")} | {"raw/data.zip": b"PK"},
@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
     ),
     "an archive in the folder of the images": (
         {"cats/1.jpg": PHOTO, "cats/2.jpg": PHOTO, "cats/raw/backup.zip": b"PK"},
-        "sort the images into one subfolder per class",
+        "one subfolder per class",
     ),
     "a pointer to an archive": ({"data.zip": LFS}, "{root}/data.zip is " + POINTER_ADVICE),
     "pointers as a class": (TWO_CLASSES | {"c/1.tif": LFS}, "; {root}/c/1.tif is " + POINTER_ADVICE),

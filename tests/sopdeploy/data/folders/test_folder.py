@@ -126,6 +126,11 @@ def test_folders_whose_names_differ_only_in_their_encoding_are_one_class(tmp_pat
     assert images.class_counts().tolist() == [5, 2]
 
 
+def quoted(note: str) -> list[str]:
+    """List the names of classes that *note* has in quotes."""
+    return re.findall("'(.*?)'", note)
+
+
 @pytest.mark.slow
 def test_the_images_of_a_split_do_not_depend_on_encodings(tmp_path) -> None:
     held_out = [
@@ -143,8 +148,8 @@ def test_spaces_around_the_name_of_a_folder_are_part_of_its_class(tmp_path) -> N
 
     assert split.train.labels == (" b", "c d", "hat", "hat ")
     alike, spaced = split.notes
-    assert "'hat' and 'hat '" in alike
-    assert "' b', 'hat '" in spaced
+    assert quoted(alike) == ["hat", "hat "]
+    assert quoted(spaced) == [" b", "hat "]
 
 
 @pytest.mark.parametrize(
@@ -220,42 +225,30 @@ def test_a_split_depends_on_the_names_and_its_own_seed_only(tmp_path) -> None:
     assert not set(held) & set(names(split.train))
 
 
-BAD_FOLDERS = [
-    (
-        {},
-        "holds no class folders and no labels.csv (it is empty); put images into it",
-    ),
-    ({"a": 3}, "holds no class folders and no labels.csv (a/ 3 images); sort the images"),
-    (
-        {"a": 1, "b": 1},
-        "a classifier needs two classes of two images or more; add images of a, b",
-    ),
-    ({"a": 3, "b": 1}, "a classifier needs two classes of two images or more; add images of b"),
-    ({"train": 0}, "holds no class folders and no labels.csv (it is empty)"),
-    (
-        {"train__a": 2, "train__b": 2, "val__a": 1, "val__B": 1},
-        "val/B: is not a training class; is it 'b'? Rename one of them",
-    ),
-    (
+# The images of each folder, and what the error names
+BAD_FOLDERS: dict[str, tuple[dict[str, int], str]] = {
+    "nothing": ({}, "it is empty"),
+    "one class": ({"a": 3}, "a/ 3 images"),
+    "one image of each class": ({"a": 1, "b": 1}, "add images of a, b"),
+    "one image of a class": ({"a": 3, "b": 1}, "add images of b"),
+    "an empty part": ({"train": 0}, "it is empty"),
+    "another case": ({"train__a": 2, "train__b": 2, "val__a": 1, "val__B": 1}, "is it 'b'?"),
+    "two classes more": (
         {"train__a": 2, "train__b": 2, "val__a": 1, "val__b": 1, "val__c": 1, "val__d": 1},
-        "val/c: is not a training class; remove it, or train on it",
+        "val/c: ",
     ),
-    ({"val__a": 2, "val__b": 2}, "holds val but no train; put the training images there"),
-    (
-        {"train__a": 2, "Training__a": 2},
-        "Training, train may all hold the training images; rename all but",
-    ),
-]
+    "no training part": ({"val__a": 2, "val__b": 2}, "no train"),
+    "two training parts": ({"train__a": 2, "Training__a": 2}, "Training, train"),
+}
 
 
-@pytest.mark.parametrize(
-    ("counts", "message"), BAD_FOLDERS, ids=[m[:30] for _, m in BAD_FOLDERS]
-)
-def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> None:
+@pytest.mark.parametrize(("counts", "said"), BAD_FOLDERS.values(), ids=BAD_FOLDERS)
+def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, said) -> None:
     make(tmp_path, **counts)
+
     with pytest.raises(DataError) as problem:
         open_at(tmp_path)
-    assert message in str(problem.value)
+    assert said in str(problem.value)
     assert str(tmp_path) in str(problem.value)
     assert "\n" not in str(problem.value)
 
@@ -476,7 +469,7 @@ def test_a_run_is_not_written_into_its_photographs(tmp_path, out) -> None:
     )
 
     assert result.exit_code == 2
-    assert "choose a folder outside" in result.stderr
+    assert str(photos) in result.stderr
     assert sorted(path.name for path in photos.iterdir()) == ["cat", "dog"]
 
 
@@ -495,7 +488,7 @@ def test_classes_in_names_of_files_that_are_easily_confused_are_named(tmp_path) 
         paint(tmp_path / f"{name}.jpg", number)
 
     notes = open_folder(tmp_path, r"^[A-Za-z]+").notes
-    assert any("'Hat' and 'hat'" in note for note in notes)
+    assert ["Hat", "hat"] in map(quoted, notes)
 
 
 @pytest.mark.parametrize("test", ["test", "test1"])
@@ -506,7 +499,7 @@ def test_classes_in_the_names_of_training_images_are_read_on_demand(tmp_path, te
             paint(tmp_path / "train" / f"{name}.jpg", crc32(name.encode()))
         paint(tmp_path / test / f"{number}.jpg", number)
 
-    with pytest.raises(QuestionError, match=r"data\.classes_from='\^\\D\+' \(cat 4"):
+    with pytest.raises(QuestionError, match=r"data\.classes_from='\^\\D\+'"):
         open_folder(tmp_path)
 
     split = open_folder(tmp_path, r"^\D+")
@@ -521,7 +514,7 @@ def test_an_archive_beside_a_few_images_is_to_be_unpacked(tmp_path) -> None:
     root = make(tmp_path, screenshots=2)
     (root / "with_mask.part1.rar").write_bytes(b"Rar!")
 
-    with pytest.raises(DataError, match=r"screenshots/ 2 .*with_mask\.part1"):
+    with pytest.raises(DataError, match=r"with_mask\.part1"):
         open_folder(root)
 
 
@@ -541,7 +534,7 @@ def test_a_folder_is_a_class_if_any_file_may_be_a_photograph(tmp_path, files, ad
         (root / "cat" / name).write_bytes(b"x")
 
     if advice:
-        with pytest.raises(DataError, match=f"cat: no images.*{advice}"):
+        with pytest.raises(DataError, match=advice):
             open_folder(root)
     else:
         split = open_folder(root)
@@ -550,22 +543,22 @@ def test_a_folder_is_a_class_if_any_file_may_be_a_photograph(tmp_path, files, ad
 
 
 UNLABELLED: dict[str, tuple[dict[str, int], str]] = {
-    "no folders": ({"test": 3}, "test: left out, because it has none of the classes: 3 images, which `sopdeploy"),
-    "one other folder": ({"test__unknown": 3}, "test: left out, because it has none of the classes: 3 images"),
-    "nothing": ({"test": 0}, "test: left out, because it is empty"),
-    "before one with classes": ({"val": 3, "test__a": 1, "test__b": 1}, "val: left out, because it has none"),
-}  # fmt: skip
+    "no folders": ({"test": 3}, "test: .* 3 images.*`sopdeploy"),
+    "one other folder": ({"test__unknown": 3}, "test: .* 3 images"),
+    "nothing": ({"test": 0}, "test: .*empty"),
+    "before one with classes": ({"val": 3, "test__a": 1, "test__b": 1}, "val: "),
+}
 
 
-@pytest.mark.parametrize(("folders", "line"), UNLABELLED.values(), ids=UNLABELLED)
+@pytest.mark.parametrize(("folders", "said"), UNLABELLED.values(), ids=UNLABELLED)
 def test_held_out_images_without_classes_are_left_out_in_one_line(
-    tmp_path, folders, line
+    tmp_path, folders, said
 ) -> None:
     split = open_folder(make(tmp_path, train__a=2, train__b=2, **folders))
-    assert len(split.held_out) == (2 if "test__a" in folders else 0)
-
     (note,) = split.notes
-    assert line in note
+
+    assert len(split.held_out) == (2 if "test__a" in folders else 0)
+    assert re.search(said, note)
 
 
 def test_held_out_images_may_lack_a_class(tmp_path) -> None:

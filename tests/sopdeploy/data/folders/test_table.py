@@ -1,7 +1,9 @@
 """`labels.csv`: images with any number of classes, their split, and one line for everything that is wrong."""
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,26 +101,27 @@ def test_classes_of_a_table_that_are_easily_confused_are_named(folder: Path) -> 
     table = "file,classes\na.png,Hat\nb.png,hat\nsub/c.png,red  cat\nd.png,red cat\n"
     notes = check_data(write(folder, table)).notes
 
-    assert any(note.startswith(f"{folder}/labels.csv: 'Hat' and 'hat' ") for note in notes)
-    assert any("'red  cat' and 'red cat'" in note for note in notes)
-    with pytest.raises(DataError, match=r"'Hat' and 'hat'"):
+    assert all(note.startswith(f"{folder}/labels.csv: ") for note in notes)
+    confused = [re.findall("'(.*?)'", note) for note in notes]
+    assert confused[:2] == [["Hat", "hat"], ["red  cat", "red cat"]]
+    with pytest.raises(DataError, match="'Hat'"):
         open_evaluation_images(folder, ("hat", "red cat", "red  cat"), multi_label=True)
 
 
 PROBLEMS = {
-    "file,classes\n": "lists no images",
-    "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png is also the file of line 2",
-    "file,classes\na.png,cat|dog\nx.png,cat\ny.png,\nz.png,\n": "line 3: x.png does not exist, and 2 more files",
-    "file,classes\n..\\a.png,cat\n": "line 2: '..\\\\\\\\a.png' is not the path of an image, relative to",
-    "file,classes\n../a.png,cat\n": "line 2: '../a.png' is not the path of an image, relative to",
-    "file,classes\nsub,cat\n": "line 2: 'sub' is not the path of an image",
-    "file,classes\na.png,cat||dog\n": "line 2: 'cat||dog' has an empty class name",
-    "file,classes\na.png,cat,dog\n": "line 2: does not have 2 columns",
-    "file,classes\na.png,cat\nb.png,\n": r"has fewer than two classes \(cat\)",
-    "file,classes,split\na.png,cat|dog,test\n": "line 2: split is 'test'; write train or val",
-    "file,classes,split\na.png,cat|dog,train\n": "no image of split val has a class",
-    "file,classes,split\na.png,cat,train\nb.png,dog,val\n": "no training image of dog",
-    GOOD: "a classifier needs two classes of two images or more; add images of cat",
+    "file,classes\n": "no images",
+    "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png .*line 2",
+    "file,classes\na.png,cat|dog\nx.png,cat\ny.png,\nz.png,\n": "line 3: x.png .*2 more",
+    "file,classes\n..\\a.png,cat\n": r"line 2: .*a\.png",
+    "file,classes\n../a.png,cat\n": r"line 2: '\.\./a\.png'",
+    "file,classes\nsub,cat\n": "line 2: 'sub'",
+    "file,classes\na.png,cat||dog\n": r"line 2: 'cat\|\|dog'",
+    "file,classes\na.png,cat,dog\n": "line 2: .*2 columns",
+    "file,classes\na.png,cat\nb.png,\n": r"two classes \(cat\)",
+    "file,classes,split\na.png,cat|dog,test\n": "line 2: split is 'test'",
+    "file,classes,split\na.png,cat|dog,train\n": "split val",
+    "file,classes,split\na.png,cat,train\nb.png,dog,val\n": "of dog",
+    GOOD: "add images of cat",
 }
 
 
@@ -126,7 +129,7 @@ PROBLEMS = {
 def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str) -> None:
     path = write(folder, text)
 
-    with pytest.raises(DataError, match=f"{path}(/labels.csv)?: {PROBLEMS[text]}") as caught:
+    with pytest.raises(DataError, match=f"{path}(/labels.csv)?: .*{PROBLEMS[text]}") as caught:
         open_folder(path)
     assert "\n" not in str(caught.value)
 
@@ -189,24 +192,22 @@ def test_the_encoding_of_a_table_is_that_of_its_byte_order_mark(
     assert rows(folder, ("Ä", "dog")) == {"a.png": [1, 1], "b.png": [0, 0], "sub/c.png": [0, 1]}
 
 
-# What is at the place of `labels.csv` beside class folders, and what the error says.
+# What is at the place of `labels.csv` beside class folders, and the word for it in the error
 NO_TABLES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (lambda path: path.touch(), "is empty; list the images and their classes in it, or remove it"),
-    "blank": (lambda path: path.write_text("\ufeff \n\n", "utf-8"), "is empty"),
-    "a pipe": (os.mkfifo, r"cannot be read \(not a regular file\); replace it by a CSV file, or remove it"),
-    "a device": (lambda path: path.symlink_to("/dev/zero"), r"cannot be read \(not a regular file\)"),
-    "a broken link": (lambda path: path.symlink_to("nowhere"), r"cannot be read \(No such file"),
-    "a link to itself": (lambda path: path.symlink_to(path.name), r"cannot be read \(Too many levels"),
-    "UTF-16 without a mark": (
-        lambda path: path.write_text(GOOD, "utf-16-le"), r"cannot be read \(it has null characters, .*UTF-8"
-    ),
-    "half a character": (lambda path: path.write_bytes(b"\xff\xfef"), r"cannot be read \(.*; write a CSV"),
-    "no text": (lambda path: path.write_bytes(bytes(range(255, 0, -1))), r"cannot be read \(.*; write a CSV"),
-}  # fmt: skip
+    "empty": (lambda path: path.touch(), "empty"),
+    "blank": (lambda path: path.write_text("\ufeff \n\n", "utf-8"), "empty"),
+    "a pipe": (os.mkfifo, "not a regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "a broken link": (lambda path: path.symlink_to("nowhere"), os.strerror(errno.ENOENT)),
+    "a link to itself": (lambda path: path.symlink_to(path.name), os.strerror(errno.ELOOP)),
+    "UTF-16 without a mark": (lambda path: path.write_text(GOOD, "utf-16-le"), "UTF-8"),
+    "half a character": (lambda path: path.write_bytes(b"\xff\xfef"), "write a CSV"),
+    "no text": (lambda path: path.write_bytes(bytes(range(255, 0, -1))), "write a CSV"),
+}
 
 
-@pytest.mark.parametrize(("make", "message"), NO_TABLES.values(), ids=NO_TABLES)
-def test_a_table_that_cannot_be_read_is_never_ignored(folder: Path, make, message: str) -> None:
+@pytest.mark.parametrize(("make", "word"), NO_TABLES.values(), ids=NO_TABLES)
+def test_a_table_that_cannot_be_read_is_never_ignored(folder: Path, make, word: str) -> None:
     for label in ("cat", "dog"):
         (folder / label).mkdir()
         for name in ("a.png", "d.png"):
@@ -218,7 +219,7 @@ def test_a_table_that_cannot_be_read_is_never_ignored(folder: Path, make, messag
         check_data,
         lambda path: open_evaluation_images(path, ("cat", "dog")),
     ):
-        with pytest.raises(DataError, match=rf"labels\.csv: {message}") as caught:
+        with pytest.raises(DataError, match=rf"labels\.csv: .*{word}") as caught:
             read(folder)
         assert "\n" not in str(caught.value)
 
@@ -378,7 +379,7 @@ def test_each_part_may_have_a_table_of_the_same_name(tmp_path: Path, name: str) 
 
     assert [len(split.train), len(split.held_out), len(images)] == [6, 6, 6]
     (tmp_path / "valid" / name).unlink()
-    with pytest.raises(DataError, match=f"valid: has no {name}.*"):
+    with pytest.raises(DataError, match=f"valid.*{name}"):
         open_folder(tmp_path, said)
 
 

@@ -451,8 +451,10 @@ def test_every_unreadable_file_and_every_class_of_one_image_is_named(
     (photos / "val" / "dog" / "1.jpg").write_bytes(jpeg(3)[:-200])
     found = check_data(photos)
     assert len(found.unreadable) == 2
-    with pytest.raises(DataError, match=r"cat/2\.jpg: .*val/dog/1\.jpg: "):
+    with pytest.raises(DataError) as caught:
         found.must_be_usable()
+    for name in ("train/cat/2.jpg", "val/dog/1.jpg"):
+        assert name in str(caught.value)
     with pytest.raises(DataError, match=r"one image.*: .*/a, .*/b"):
         check_data(write_classes(tmp_path / "single", ("a", "b"), 1)).must_be_usable()
 
