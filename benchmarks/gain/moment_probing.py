@@ -99,7 +99,8 @@ def probe(
     with_covariances = case.arm == PROBES[1]
     head = MomentProbing(train.shape[1], len(images.labels), with_covariances=with_covariances)
     optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
-    num_steps = len(learned) // BATCH
+    size = min(BATCH, len(learned))
+    num_steps = len(learned) // size
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=epochs * num_steps
     )
@@ -112,8 +113,8 @@ def probe(
         head.train()
         order = random.permutation(learned)
         for step in range(num_steps):
-            chosen = order[step * BATCH : (step + 1) * BATCH]
-            is_mirrored = torch.from_numpy(random.random(BATCH) < 0.5)[:, None, None, None]
+            chosen = order[step * size : (step + 1) * size]
+            is_mirrored = torch.from_numpy(random.random(size) < 0.5)[:, None, None, None]
             maps = torch.where(is_mirrored, mirrored[chosen], train[chosen]).float()
             loss = cross_entropy(head(maps), targets[chosen], label_smoothing=SMOOTHING)
             optimizer.zero_grad()
