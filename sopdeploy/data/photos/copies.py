@@ -261,7 +261,7 @@ class Grouped(NamedTuple):
     """Groups (N,) of photographs, and what told them: hashes of files, times and vectors (N, D).
 
     If only equal files are grouped, there are no vectors, and times that were not read are
-    `NO_TIME`.
+    `NO_TIME`. Features of a network leave no vectors, either.
     """
 
     groups: Groups
@@ -307,16 +307,17 @@ def group_photographs(
     small = [one.small for one in inspected if one.small is not None]
     if by_pixels and len(small) == len(images):
         pixel_hashes = [one.pixel_hash for one in inspected]
+        small_NSS = np.stack(small)
+        vectors = NO_VECTORS
         if features is None:
-            pairs = find_turned(np.stack(small))
+            pairs = find_turned(small_NSS)
+            vectors = fit_and_whiten([small_NSS.reshape(len(small), -1).astype(np.float32)])
         else:
             views = [features[:, None]]  # of each image, only the whole one
-            pairs = find_near_duplicates(
-                views, np.stack(small), images.targets, pixel_hashes
-            ).pairs
-        rows = np.stack(small).reshape(len(small), -1).astype(np.float32)
+            pairs = find_near_duplicates(views, small_NSS, images.targets, pixel_hashes).pairs
+
         groups = connect(len(images), pairs, pixel_hashes, images.groups)
-        return Grouped(groups, file_hashes, times, fit_and_whiten([rows]))
+        return Grouped(groups, file_hashes, times, vectors)
 
     # Unreadable files share a hash, but are not equal: their known groups count instead.
     known_groups = connect(len(images), NO_PAIRS, images.groups)
