@@ -108,8 +108,8 @@ class ExportResults:
         """Describe the numerical error of the logits of `model.onnx` against float64, and its limit."""
         logits = self.parity.logits
         return (
-            f"{logits.largest_drift:.2g}, {logits.drift_in_floors:.1f} times the rounding error "
-            f"(limit {self.parity.floors_allowed:g})"
+            f"{logits.largest_drift:.2g}, {logits.drift_in_floors:.1f} times PyTorch's own error in "
+            f"{self.parity.precision} (limit {self.parity.floors_allowed:g})"
         )
 
     def sizes(self) -> dict[str, str]:
