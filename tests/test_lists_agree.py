@@ -183,7 +183,7 @@ def test_the_page_of_keys_has_every_field_of_a_key() -> None:
     assert tomllib.loads(example)["key"][0].keys() == Key.model_fields.keys()
 
 
-def test_the_page_of_limits_has_every_error_of_an_image_with_its_status() -> None:
+def test_the_page_of_limits_has_every_error_of_an_image() -> None:
     page = text_of("docs/settings.md")
     rows = re.findall(r"^\|.*?\| .*?(\d{3}).*? \| (.*?) \|", page, re.MULTILINE)
     named = {
@@ -434,7 +434,7 @@ def test_something_counts_every_metric() -> None:
     assert created - counted == set()
 
 
-def test_each_word_that_code_gives_as_a_label_is_described_with_its_metric() -> None:
+def test_each_label_that_code_gives_is_described_with_its_metric() -> None:
     """Or, of a rejected request, on the pages of errors and settings."""
     errors = text_of("docs/errors.md") + text_of("docs/settings.md")
     rows = re.findall(

@@ -129,7 +129,7 @@ def test_each_kind_of_a_union_does_what_it_is_for(name: str, kind: str, tmp_path
     use(adapter.validate_python({"kind": kind, **options}), tmp_path)
 
 
-def test_the_page_of_recipes_has_a_table_of_the_options_of_each_union() -> None:
+def test_the_page_of_recipes_has_the_options_of_each_union() -> None:
     tables = module_at(ROOT / "docs" / "generate_operations.py").TABLES_WITH_KIND
     described_as_formats = {"DataConfig"}  # in `photos.md` and `train.md`
     of_recipes = {*USES, "Pooling"} - described_as_formats

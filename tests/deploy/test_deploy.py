@@ -204,61 +204,78 @@ def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
-def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
-    found = {document["kind"]: document for document in chart("with everything")}
-    optional = {
-        "ServiceAccount",
-        "Ingress",
-        "NetworkPolicy",
-        "ServiceMonitor",
-        "PrometheusRule",
-    }
+OPTIONAL = {"ServiceAccount", "Ingress", "NetworkPolicy", "ServiceMonitor", "PrometheusRule"}
 
-    assert found.keys() & optional == optional
-    assert {document["kind"] for document in chart("with defaults")} & optional == set()
-    pod = found["Deployment"]["spec"]["template"]
+
+@pytest.fixture
+def everything() -> dict[str, Any]:
+    """The objects of a release with all parts, by kind."""
+    return {document["kind"]: document for document in chart("with everything")}
+
+
+def test_optional_parts_are_there_only_if_the_values_ask_for_them(everything) -> None:
+    by_default = {document["kind"] for document in chart("with defaults")}
+
+    assert everything.keys() >= OPTIONAL
+    assert by_default & OPTIONAL == set()
+
+
+def test_a_pod_has_the_priority_annotations_and_account_of_the_values(
+    everything,
+) -> None:
+    pod = everything["Deployment"]["spec"]["template"]
+    account = everything["ServiceAccount"]
+
     assert pod["spec"]["priorityClassName"] == "important"
-    assert {"prometheus.io/port", "sidecar.istio.io/inject"} <= pod["metadata"][
-        "annotations"
-    ].keys()
+    annotations = pod["metadata"]["annotations"].keys()
+    assert annotations >= {"prometheus.io/port", "sidecar.istio.io/inject"}
+    assert pod["spec"]["serviceAccountName"] == account["metadata"]["name"]
+    assert account["automountServiceAccountToken"] is False
 
-    pod_ports = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
-    service_ports = {
-        port["name"]: port["targetPort"] for port in found["Service"]["spec"]["ports"]
-    }
 
-    assert set(service_ports.values()) == pod_ports
-    assert pod["spec"]["serviceAccountName"] == found["ServiceAccount"]["metadata"]["name"]
-    assert found["ServiceAccount"]["automountServiceAccountToken"] is False
-    (path,) = found["Ingress"]["spec"]["rules"][0]["http"]["paths"]
+def test_the_optional_parts_name_ports_that_exist(everything) -> None:
+    pod = everything["Deployment"]["spec"]["template"]["spec"]
+    service = everything["Service"]["spec"]["ports"]
+    (path,) = everything["Ingress"]["spec"]["rules"][0]["http"]["paths"]
+    backend = path["backend"]["service"]
+    monitor = everything["ServiceMonitor"]["spec"]
+    policy = everything["NetworkPolicy"]["spec"]
 
-    assert path["backend"]["service"]["name"] == found["Service"]["metadata"]["name"]
-    assert path["backend"]["service"]["port"]["name"] in service_ports
-    policy, monitor = found["NetworkPolicy"]["spec"], found["ServiceMonitor"]["spec"]
+    pod_ports = {port["name"] for port in pod["containers"][0]["ports"]}
+    assert {port["targetPort"] for port in service} == pod_ports
+    assert backend["name"] == everything["Service"]["metadata"]["name"]
+    assert backend["port"]["name"] in {port["name"] for port in service}
+    assert [end["port"] for end in monitor["endpoints"]] == ["http"]
     assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == ["http"]
-    assert {*policy["ingress"][0]["from"][0]} == {"podSelector", "namespaceSelector"}
 
+
+def test_the_network_policy_lets_in_and_out_what_the_values_say(everything) -> None:
+    policy = everything["NetworkPolicy"]["spec"]
+
+    assert {*policy["ingress"][0]["from"][0]} == {"podSelector", "namespaceSelector"}
     # Name servers, the store of the init container, and what the values add
     assert len(policy["egress"]) == 3
-    assert [end["port"] for end in monitor["endpoints"]] == ["http"]
-    (spread,) = pod["spec"]["topologySpreadConstraints"]
-    labels = pod["metadata"]["labels"]
 
-    assert {"app.kubernetes.io/name", "app.kubernetes.io/instance"} <= labels.keys()
-    # By both labels: a chart around this one has other pods of the same instance
+
+def test_every_selector_has_both_labels_of_the_pods(everything) -> None:
+    """By both labels: a chart around this one has other pods of the same instance."""
+    deployment = everything["Deployment"]["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    (spread,) = deployment["template"]["spec"]["topologySpreadConstraints"]
+    service = everything["Service"]
+
+    assert labels.keys() >= {"app.kubernetes.io/name", "app.kubernetes.io/instance"}
     for selected in (
-        policy["podSelector"]["matchLabels"],
+        everything["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
         spread["labelSelector"]["matchLabels"],
-        found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
-        found["Deployment"]["spec"]["selector"]["matchLabels"],
-        found["Service"]["spec"]["selector"],
+        everything["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        deployment["selector"]["matchLabels"],
+        service["spec"]["selector"],
     ):
         assert selected == labels
 
-    assert (
-        monitor["selector"]["matchLabels"].items()
-        <= found["Service"]["metadata"]["labels"].items()
-    )
+    monitored = everything["ServiceMonitor"]["spec"]["selector"]["matchLabels"]
+    assert monitored.items() <= service["metadata"]["labels"].items()
 
 
 def test_an_init_container_fills_the_folder_that_the_server_reads() -> None:
@@ -780,9 +797,7 @@ def test_the_memory_limits_suffice_for_photographs_of_64_megapixels(
     assert decoders.plan_children(budget, 2, Settings().max_pixels).large_memory >= measured
 
 
-def test_the_container_test_runs_the_documented_command_with_keys_and_kept_photographs() -> (
-    None
-):
+def test_the_container_test_runs_the_documented_command() -> None:
     (command,) = re.findall(r"^CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
     assert json.loads(command) == container_test.COMMAND
     (health,) = re.findall(r"^ +CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)

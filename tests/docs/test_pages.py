@@ -245,7 +245,7 @@ def clicks(page: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("task", WANTED)
-def test_each_task_of_three_kinds_of_users_is_two_clicks_from_the_readme(task: str) -> None:
+def test_each_task_of_a_user_is_two_clicks_from_the_readme(task: str) -> None:
     page, words = WANTED[task]
     first = clicks(README)
     near = {README, *first}.union(*map(clicks, first))

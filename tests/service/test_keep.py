@@ -14,6 +14,7 @@ import stat
 import time
 from collections import Counter
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -447,37 +448,44 @@ def test_the_oldest_makes_room(tmp_path: Path, arriving, remaining) -> None:
     assert numbers(tmp_path) == remaining
 
 
-def test_the_limit_holds_for_several_processes_that_see_nothing_of_each_other(
-    tmp_path: Path,
-) -> None:
+def test_the_limit_holds_for_processes_that_do_not_see_each_other(tmp_path: Path) -> None:
     limit = 400 * PAIR
-    # Each as in a process of its own
-    folders = [KeptFolder(tmp_path, limit, 86_400.0) for _ in range(8)]
+    processes = [KeptFolder(tmp_path, limit, 86_400.0) for _ in range(8)]
+    random = Random(0)
+
     sizes = []
     for number in range(800):
-        folders[number % 7 * number % 8].add(name_of(number), PHOTO, fields())
+        random.choice(processes).add(name_of(number), PHOTO, fields())
         if number % 10 == 0:
             sizes.append(size_of(tmp_path))
 
     assert 0.7 * limit <= max(sizes) <= limit
-    assert folders[0].add(name_of(1000), PHOTO * 1000, fields()) == "dropped"  # larger than all
 
 
-def test_photos_expire_and_what_others_deleted_is_not_an_error(tmp_path: Path) -> None:
+def test_a_photo_larger_than_the_limit_is_dropped(tmp_path: Path) -> None:
+    kept = KeptFolder(tmp_path, 400 * PAIR, 86_400.0)
+
+    assert kept.add(name_of(0), PHOTO * 1000, fields()) == "dropped"
+
+
+def test_photos_expire_and_what_others_deleted_is_not_an_error(
+    tmp_path: Path, monkeypatch
+) -> None:
     kept = kept_folder(tmp_path, days=15)
     for number in range(4):
         kept.add(name_of(number), PHOTO, fields())
         age = 86_400 * 10 * (3 - number)
         os.utime(tmp_path / "cat" / name_of(number), (time.time() - age,) * 2)
+    unlink = Path.unlink
 
-    # Another process lists the same photos, and deletes one of them before this one does.
-    listed = sorted(kept._list())
-    (tmp_path / "cat" / name_of(0)).unlink()
-    assert [photo.path.name for photo, _ in kept._choose_surplus(listed, 0)] == [
-        name_of(0),
-        name_of(1),
-    ]
+    def come_second(path: Path, **options: bool) -> None:
+        unlink(path, **options)  # by another process, after this one has listed the photos
+        if path.name == name_of(0):
+            raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "unlink", come_second)
     kept.delete_surplus()
+
     assert numbers(tmp_path) == [2, 3]
 
 
@@ -567,42 +575,41 @@ def test_a_folder_that_somebody_moves_away_is_made_again(tmp_path: Path) -> None
 def test_a_full_disk_stops_keeping_with_one_warning_until_it_works_again(
     tmp_path: Path, monkeypatch, caplog, bundle, code, suffix
 ) -> None:
-    keeper, bodies, write = (
-        KeeperOfTests(tmp_path, rejecting_all(bundle)),
-        photos(4),
-        Path.write_bytes,
-    )
+    first, *while_full, last = photos(4)
+    without_room = [id_of(body) for body in while_full]
+    write = Path.write_bytes
 
-    def fail(path: Path, content: bytes) -> int:
-        if suffix in path.name and not has_room:
+    def write_if_there_is_room(path: Path, content: bytes) -> int:
+        if suffix in path.name and path.name[:32] in without_room:
             with path.open("wb") as file:
                 file.write(content[:100])
             raise OSError(code, os.strerror(code))
         return write(path, content)
 
-    has_room = True
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(Path, "write_bytes", write_if_there_is_room)
     caplog.set_level(logging.WARNING, "sopdeploy.keep")
-    photo = [
-        keep.QueuedPhoto(
-            body, np.zeros(7, np.float32), rejecting_all(bundle), "tiny", TIME, None
-        )
-        for body in bodies
-    ]
-    assert keeper._try_to_keep(photo[0]) == "kept"
-    before = sorted(tmp_path.rglob("*"))
+    keeper = KeeperOfTests(tmp_path, rejecting_all(bundle))
+    keeper.take(first, *while_full, last)
 
-    has_room = False
-    assert [keeper._try_to_keep(one) for one in photo[1:3]] == ["failed", "failed"]
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert sorted(tmp_path.rglob("*")) == before
-    assert keeper._try_to_keep(photo[0]) == "failed"  # its record cannot be replaced, and stays
-    assert sorted(tmp_path.rglob("*")) == before
-    assert len(read_records(tmp_path)) == 1
-
-    has_room = True
-    assert keeper._try_to_keep(photo[3]) == "kept"
+    assert keeper.counts() == {"kept": 2, "failed": 2}
+    # It cannot be written, and it can be written again.
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert {path.name[:32] for path in tmp_path.glob("*/*")} == {id_of(first), id_of(last)}
     assert len(read_records(tmp_path)) == 2
+
+
+def test_a_record_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch) -> None:
+    kept = kept_folder(tmp_path)
+    kept.add(name_of(0), PHOTO, fields())
+    before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
+
+    def refuse(_path: Path, _content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "no")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(OSError, match="no"):
+        kept.add(name_of(0), PHOTO, fields())
+    assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == before
 
 
 TIME = keep.datetime.now(keep.UTC)

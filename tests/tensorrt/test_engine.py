@@ -312,7 +312,7 @@ def test_the_server_uses_the_engine_with_the_largest_batch(
     get_engine(bundle, EngineOptions(profiles="1,8"))
 
     assert load(built, bundle) == StoredEngine(b"plan 1", built.record)
-    assert "tensorrt 11.1.0, not 11.4.0" in str(load(built, bundle, "11.4.0"))
+    assert "11.1.0" in str(load(built, bundle, "11.4.0"))
 
 
 def test_the_command_builds_an_engine_and_then_uses_the_cache(

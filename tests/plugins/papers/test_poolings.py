@@ -445,7 +445,7 @@ class Hides(MetaPathFinder):
 
 
 @pytest.mark.parametrize("arguments", [["dsop-9a"], ["--help"]])
-def test_without_the_package_the_command_is_one_line_that_says_what_to_install(
+def test_without_the_package_its_command_says_what_to_install(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in [name for name in sys.modules if name.startswith("sopdeploy_papers")]:

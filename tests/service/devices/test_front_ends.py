@@ -133,17 +133,10 @@ def test_a_front_end_that_ends_or_hangs_is_replaced(
 ) -> None:
     gate = tmp_path / "gate"
     monkeypatch.setenv("GATE", str(gate))
-    options = (
-        "--setting",
-        "queue_size=4",
-        "--setting",
-        "max_images=4",
-    )
+    options = [*WAYS[FRONT_ENDS], "--setting=queue_size=4", "--setting=max_images=4"]
 
     with (
-        serving(
-            str(bundle_path), *WAYS[FRONT_ENDS], *options, program=gated_device.SERVE
-        ) as client,
+        serving(str(bundle_path), *options, program=gated_device.SERVE) as client,
         ThreadPoolExecutor(9) as pool,
     ):
         # The limit is that of both front ends together; each may admit its half, whatever the

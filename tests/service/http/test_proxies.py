@@ -456,10 +456,8 @@ def test_the_files_for_real_proxies_lead_to_the_server(
         )
 
         assert large.status_code == 200
-        for size in (
-            21_000_000,
-            70_000_000,
-        ):  # above the limit of the server; above that of nginx, too
+        # Above the limit of the server, and above that of nginx
+        for size in (21_000_000, 70_000_000):
             too_large = proxied.post("/ml/v1/classify", content=bytes(size), headers=headers)
             assert (too_large.status_code, too_large.json()["code"]) == (413, "too_large")
             assert too_large.headers["content-type"] == "application/problem+json"

@@ -108,7 +108,7 @@ def test_the_key_may_be_in_a_file_of_its_own(tmp_path, certificate) -> None:
 
 
 @pytest.mark.parametrize("year", [2031, 2049, 2050, 9999])
-def test_the_end_of_a_certificate_is_read_in_both_forms_of_a_time(tmp_path, year) -> None:
+def test_the_end_of_a_certificate_is_read_in_both_forms(tmp_path, year) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     end = datetime.datetime(year, 12, 31, 23, 59, 58, tzinfo=datetime.UTC)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x" * 64)])
