@@ -1,5 +1,8 @@
 """The fixtures of the service's tests."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 
 from sopdeploy_service.observability import pages
@@ -14,6 +17,14 @@ from tests.support.service import (  # noqa: F401
     pool,
     serve_with,
 )
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The time of `time.monotonic`, which stands until a test moves it."""
+    now = SimpleNamespace(time=1000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now.time)
+    return now
 
 
 @pytest.fixture(autouse=True, scope="session")

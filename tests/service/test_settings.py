@@ -104,6 +104,13 @@ def test_a_port_that_nothing_sets_is_the_one_of_the_platform(
         ({"devices": "0,cpu", "runtime": "tensorrt"}, "devices"),
         ({"max_body_bytes": LARGEST_BODY + 1}, "max_body_bytes"),
         ({"write_timeout": 1}, "write_timeout"),  # of 0.3.0
+        ({"allowed_hosts": "a b"}, "'a b'"),
+        ({"allowed_hosts": "http://"}, "host"),
+        ({"allowed_hosts": "a.example/ml"}, "host"),
+        ({"allowed_hosts": "a.example:99999"}, "allowed_hosts: .*[Pp]ort"),
+        ({"trusted_proxies": "proxy.example"}, "trusted_proxies: .*proxy.example"),
+        ({"root_path": "ml"}, "root_path: "),
+        ({"root_path": "/a b"}, "root_path: "),
     ],
 )
 def test_an_invalid_setting_is_named(given, message):

@@ -1,7 +1,6 @@
 """Estimates of waiting times: medians of recent work, which no stall and no deadline can keep too high."""
 
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -11,15 +10,6 @@ from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue
 from sopdeploy_service.inference.pace import BatchPace, Pace, retry_after
 from sopdeploy_service.inference.shared_children import SharedChildren
 from sopdeploy_service.observability.metrics import Metrics
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The time of `time.monotonic`, which stands until a test moves it."""
-    now = SimpleNamespace(time=1000.0)
-    monkeypatch.setattr(time, "monotonic", lambda: now.time)
-    return now
-
 
 BATCHES = {
     "no warm-up": ((), 8, 0.0),

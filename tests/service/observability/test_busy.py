@@ -10,14 +10,6 @@ from sopdeploy_service.observability import busy as module
 from sopdeploy_service.observability.busy import WINDOW, BusyShare, measure_loop, thread_seconds
 from sopdeploy_service.observability.metrics import Metrics
 
-
-@pytest.fixture
-def clock(monkeypatch):
-    now = SimpleNamespace(time=1000.0)
-    monkeypatch.setattr(time, "monotonic", lambda: now.time)
-    return now
-
-
 # workers, then (seconds, busy workers) one after the other; the share at the end
 PAST = {
     "idle": (2, [], 0.0),

@@ -337,6 +337,15 @@ def test_the_interval_of_a_new_class_depends_on_the_number_of_classes(rejected, 
     assert tuple(round(100 * end) for end in found) == interval
 
 
+# Images and the share that is accepted: the rank of the threshold. In floats, 10 * (1 - 0.9) is below 1.
+RANKS = {(9, 0.9): 1, (9, 0.95): 0, (99, 0.95): 5, (98, 0.95): 4, (9, 0.0): 9}
+
+
+@pytest.mark.parametrize(("images", "accepts"), RANKS)
+def test_the_rank_of_a_threshold_rejects_at_most_the_share(images: int, accepts: float):
+    assert threshold_rank(images, accepts) == RANKS[images, accepts]
+
+
 @pytest.mark.parametrize("count", [20, 40, 98])
 def test_the_threshold_of_few_cosines_is_a_prediction_bound(count: int):
     quantiles = NormalDist(0.7, 0.1)

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -248,6 +249,23 @@ def test_other_values_are_rejected_before_sending():
 def test_retry_after_is_a_number_of_seconds_or_a_date(monkeypatch, text, seconds):
     monkeypatch.setattr(time, "time", lambda: 1_795_932_000.0)  # 06:00:00 GMT
     assert retry_after(httpx.Response(503, headers={"Retry-After": text})) == seconds
+
+
+@pytest.fixture
+def far_from_greenwich(monkeypatch) -> Iterator[None]:
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_from_greenwich")
+def test_a_date_of_retry_after_without_a_zone_is_in_gmt(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1_795_932_000.0)  # 06:00:00 GMT
+    headers = {"Retry-After": "Sun, 29 Nov 2026 06:00:30 -0000"}
+
+    assert retry_after(httpx.Response(503, headers=headers)) == 30.0
 
 
 REFUSED = httpx.ConnectError("refused")

@@ -15,6 +15,7 @@ from sopdeploy.evaluation.statistics import (
     difference_interval,
     mcnemar,
     score_statistic,
+    smallest_difference,
     student,
 )
 
@@ -47,6 +48,19 @@ def promoted(images: int, tolerance: float) -> np.ndarray:
 def test_mcnemar_is_the_binomial_test_of_scipy(wins: int, losses: int) -> None:
     expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
     assert mcnemar(wins, losses) == pytest.approx(expected, rel=1e-9)
+
+
+# Wins, losses, images: the smallest difference that is found in 80 % of cases
+SMALLEST = {
+    (30, 20, 1000): 2.8016 * math.sqrt(51 / 1002 / 1000),
+    (0, 0, 10): 6 / 10,  # six images on which only one classifier is right are needed
+    (0, 0, 2): 1.0,
+}
+
+
+@pytest.mark.parametrize("counts", SMALLEST)
+def test_the_smallest_difference_is_that_of_six_images_at_least(counts) -> None:
+    assert smallest_difference(*counts) == pytest.approx(SMALLEST[counts], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from sopdeploy.images.pixels import SIXTEEN_BIT, TURNS, list_changes, preprocess
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.settings import Settings
 from tests.support.counted import record_images
-from tests.support.pictures import encoded
+from tests.support.pictures import chunk, encoded
 
 FUZZ = settings(max_examples=25)
 PILLOW_MAY_WARN = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -252,12 +252,6 @@ def test_gray_with_premultiplied_transparency_is_converted_as_without() -> None:
 
     assert to_rgb(image, rules).tobytes() == to_rgb(image.convert("LA"), rules).tobytes()
     assert list_changes(image, rules) == list_changes(image.convert("LA"), rules)
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
 
 
 def png(depth: int, color: int, row: bytes, width: int, *extra: bytes) -> bytes:
