@@ -355,6 +355,15 @@ def test_as_many_images_as_a_response_announces_are_accepted(tokens, remaining, 
     bucket.spend(remaining)
 
 
+def test_refused_work_costs_at_most_the_burst_in_advance(monkeypatch) -> None:
+    monkeypatch.setattr(api_keys, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+    bucket = TokenBucket(1.0, 8, [8.0, 1000.0])
+
+    assert bucket.charge(10) == -2
+    assert bucket.charge(100) == -8
+    assert bucket.headers()["RateLimit-Reset"] == "16"
+
+
 def test_many_slow_and_large_uploads_leave_budget_for_small_images(
     serve_with, jpeg, monkeypatch
 ):
