@@ -18,7 +18,7 @@ from sopdeploy.bundle.decision import Answer
 from sopdeploy.bundle.http_api import Classes, Query
 from sopdeploy.data.augment import Augmentation
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.recipe import LoopRecipe
 from sopdeploy_commands.classify.classifier import COLUMNS
 from sopdeploy_commands.classify.run import CsvRow
 from sopdeploy_service.decoding import child
@@ -146,12 +146,12 @@ def first_column(page: str, heading: str) -> set[str]:
 def test_the_page_of_recipes_has_every_key_and_its_default() -> None:
     page = (DOCS / "recipes.md").read_text(encoding="utf-8")
     named = {key.partition(".")[0] for key in re.findall(r"`([\w.]+)`", page)}
-    assert set(Recipe.model_fields) - named == set()
+    assert set(LoopRecipe.model_fields) - named == set()
 
     # A single number or word in the column of values is a default.
     table = page.partition("\n## ")[0]
     rows = re.findall(r"^\| `([\w.]+)` \| (.*?) \|", table, re.MULTILINE)
-    fields = dict(all_fields(Recipe))
+    fields = dict(all_fields(LoopRecipe))
     defaults = {
         key: re.fullmatch(r"`?(\w[\w.]*)`?(?: disables)?", value) for key, value in rows
     }

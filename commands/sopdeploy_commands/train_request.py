@@ -291,12 +291,12 @@ def configure(
     if recipe_changes.weights is not None:
         changes.append(("start.weights", recipe_changes.weights))
     source = str(recipe_changes.source)
-    keys = [key for key, _ in flatten(dict(changes))]
-    changes += _choose_data_kind(values or {}, dict(flatten(dict(changes))))
+    changed = dict(flatten(dict(changes)))
+    changes += _choose_data_kind(values or {}, changed)
     recipe = change_recipe(values or {}, changes, source)
 
     # With a previous run, margins protect its classes from new ones of few photographs.
-    protects = previous is not None and "procedure.margins" not in keys
+    protects = previous is not None and "procedure.margins" not in changed
     if protects and isinstance(recipe.procedure, HeadOptions):
         procedure = recipe.procedure.model_copy(update={"margins": True})
         recipe = recipe.model_copy(update={"procedure": procedure})
@@ -304,7 +304,7 @@ def configure(
     # If nobody names the network, the weights determine it: their file is read here, and its
     # content is kept for the run in place of the file.
     start_weights = None if recipe.start is None else recipe.start.weights
-    names_network = recipe_changes.is_named or previous is not None or "model.name" in keys
+    names_network = recipe_changes.is_named or previous is not None or "model.name" in changed
     weights: WeightSource | None = start_file
     if not names_network and isinstance(start_weights, Path):
         path = expand_user(start_weights)
@@ -320,7 +320,7 @@ def configure(
         recipe = recipe.model_copy(update={"project": _name_project(recipe, source)})
     decision = None if previous is None else previous.decision
     rule_before = None if decision is None else decision.rejection
-    return recipe, Given(keys, weights, rule_before=rule_before)
+    return recipe, Given(changed, weights, rule_before=rule_before)
 
 
 def _choose_data_kind(values: FieldValues, changed: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -519,7 +519,7 @@ def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Sec
     for key, value in flatten(setup.recipe.model_dump(mode="json")):
         # The config of the network is added below, as `network.`.
         is_hidden = key.startswith(("summary", "model.config."))
-        if setup.recipe.reads(key) and not is_hidden:
+        if not is_hidden:
             values.append((key, value))
     values += flatten(fit.network.config.model_dump(mode="json"), "network.")
 

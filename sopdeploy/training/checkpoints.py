@@ -42,11 +42,7 @@ from sopdeploy.models.families import describe_options
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.head_settings import FewShotConfig, HeadOptions
-from sopdeploy.training.recipe import (
-    LoopConfig,
-    Recipe,
-    validate_recipe,
-)
+from sopdeploy.training.recipe import LoopConfig, LoopRecipe, Recipe, change_recipe
 from sopdeploy.training.results import AnyProcedureResult
 from sopdeploy.training.start_weights import StartReport, classifier_name
 from sopdeploy.version import __version__
@@ -190,13 +186,15 @@ class Setup:
             yield self.weights.describe()
         if self.reason:
             yield self.reason
-        if not self.is_few_shot and self.recipe.first_phase:
-            yield f"epochs 1 to {self.recipe.first_phase} train the classifier alone"
+        resumed = ""
+        if isinstance(self.recipe, LoopRecipe):
+            if self.recipe.first_phase:
+                yield f"epochs 1 to {self.recipe.first_phase} train the classifier alone"
+            next_epoch = self.position.epoch + 1
+            if not is_new and next_epoch <= self.recipe.epochs:
+                resumed = f", resumed at epoch {next_epoch}"
 
-        next_epoch = self.position.epoch + 1
         crop = self.recipe.preprocess.crop
-        is_resumed = not is_new and not self.is_few_shot and next_epoch <= self.recipe.epochs
-        resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""
         yield (
             f"{len(self.data.train)} training images, "
             f"{len(self.data.held_out)} validation images{resumed}; the network sees "
@@ -351,7 +349,7 @@ def resume_of(setup: Setup, position: Position, weights: dict[str, Tensor]) -> R
 def read_recorded_recipe(last: Checkpoint, source: Path) -> Recipe:
     """Read the recipe of the run of *last*; raises `ConfigError`."""
     try:
-        return validate_recipe(last.training.get("recipe", {}), str(source))
+        return change_recipe(last.training.get("recipe", {}), (), str(source))
     except ConfigError as error:
         raise ConfigError(f"{error}{version_advice(writer_of(last.training))}") from error
 

@@ -29,7 +29,7 @@ from sopdeploy.base.environment import is_distributed, launcher_number
 from sopdeploy.data.batches import count_batches
 from sopdeploy.errors import ConfigError, TrainingError
 from sopdeploy.evaluation.prediction import ProcessGroup
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.loop_settings import StepSettings
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -130,7 +130,7 @@ def select_device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def check_batch_size(recipe: Recipe, train_count: int, world: int) -> None:
+def check_batch_size(recipe: StepSettings, train_count: int, world: int) -> None:
     """Raise `ConfigError` unless each step has a sample per process and accumulated batch.
 
     *world*, the number of processes, must divide the batch size.

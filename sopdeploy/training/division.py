@@ -1,6 +1,6 @@
 """The images of a run, divided into those that train and those that are held out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,7 +121,7 @@ def open_division(recipe: Recipe, last: Checkpoint, source: Path) -> Division:
 
 
 def check_data(
-    recipe: Recipe, opened: Split, division: Division, keys: Sequence[str], callback: Callback
+    recipe: Recipe, opened: Split, division: Division, keys: Collection[str], callback: Callback
 ) -> None:
     """Check the images before the training; raises errors that would otherwise come after it.
 

@@ -81,7 +81,7 @@ def fit_fine_tune(
     if len(held_out) >= TESTABLE:  # fewer need no search
         groups = group_by_network(setup.recipe, frozen.network, held_out).groups
     if len(np.unique(groups)) < TESTABLE:
-        run.position.epoch = setup.recipe.epochs
+        run.position.epoch = run.recipe.epochs
 
     folder.save_best(run_record(setup, frozen))
     return fit_loop(run, folder, callback, partial(keep_better, groups))

@@ -8,7 +8,13 @@ from sopdeploy.errors import ConfigError, shorten
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.head_settings import FewShotConfig, HeadOptions
-from sopdeploy.training.recipe import AnyProcedureConfig, AutoConfig, LoopConfig, Recipe
+from sopdeploy.training.recipe import (
+    AnyProcedureConfig,
+    AutoConfig,
+    FewShotRecipe,
+    LoopConfig,
+    Recipe,
+)
 
 FEW_IMAGES = 100_000  # up to them, the few-shot procedure keeps 1.8 GB (18 kB per image)
 LOOP_INSTEAD = "procedure.kind=loop trains the whole network"
@@ -76,7 +82,8 @@ def select_procedure(
             )
         entry(head_name(recipe.model.name))  # raises the error if there is no head
 
-    return Selected(recipe.model_copy(update={"procedure": config}), reason)
+    selected = recipe.part(FewShotRecipe) if isinstance(config, FewShotConfig) else recipe
+    return Selected(selected.model_copy(update={"procedure": config}), reason)
 
 
 def has_head(recipe: Recipe) -> bool:

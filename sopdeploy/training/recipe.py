@@ -20,7 +20,7 @@ from sopdeploy.base.plugins import DATA_SOURCES
 from sopdeploy.base.project import Name
 from sopdeploy.bundle.decision import ACCEPTS
 from sopdeploy.data.augment import Augmentations
-from sopdeploy.data.sources import DataConfig, DataOptions, FolderConfig, HoldOut, OwnDataConfig
+from sopdeploy.data.sources import DataConfig, FolderConfig, OwnDataConfig
 from sopdeploy.errors import ConfigError, with_hint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry
@@ -38,6 +38,7 @@ from sopdeploy.training.loop_settings import (
 from sopdeploy.training.recipe_files import (
     add_fine_tune_settings,
     parse_override,
+    procedure_kind,
     read_values,
     set_value,
 )
@@ -56,9 +57,6 @@ CHANGEABLE_KEYS = {
     "save.every_minutes",
     "rejection.accepts",
     "rejection.unknown",
-}
-HOLD_OUT_KEYS = {
-    f"data.{name}" for name in HoldOut.model_fields.keys() - DataOptions.model_fields.keys()
 }
 
 
@@ -107,8 +105,8 @@ class RejectionConfig(StrictModel):
     unknown: Path | None = None
 
 
-class SharedSettings(FeatureSettings):
-    """What every procedure reads; `few_shot` reads nothing else.
+class Recipe(FeatureSettings):
+    """The settings that every procedure reads; subclasses add those of a procedure.
 
     `project` names the bundle and the served model; `train` sets it by the data folder, or by
     the recipe. `threads` is the number of CPU threads of torch; 0 keeps torch's default.
@@ -123,53 +121,10 @@ class SharedSettings(FeatureSettings):
     start: StartWeights | None = None
     rejection: RejectionConfig = RejectionConfig()
 
-
-class Recipe(SharedSettings, LoopSettings):
-    """A complete training run; defaults follow the papers."""
-
-    model: ModelConfig
-    start: StartConfig | None = None  # of `UpdateSettings`; procedures read only its weights
-
     def part(self, settings: type[Part]) -> Part:
-        """Return the *settings* of one component, a base class of the recipe, without all others."""
+        """Return the *settings* of one component, which are fields of the recipe, without all others."""
         values = {name: getattr(self, name) for name in settings.model_fields}
         return cast("Part", settings.model_construct(**values))
-
-    def reads(self, key: str) -> bool:
-        """Check whether the procedure reads the dotted *key*, which may be that of a table."""
-        procedure = self.procedure
-        is_few_shot = isinstance(procedure, FewShotConfig)
-
-        # Of the options of the network, those that the network with a head has.
-        if key.startswith("model.config.") and isinstance(procedure, HeadOptions):
-            from sopdeploy.models.second_order_head import head_name, tuned_name  # noqa: PLC0415 # torch
-
-            network = head_name(self.model.name) if is_few_shot else tuned_name(self.model.name)
-            _model, _config, option, *_ = key.split(".")
-            return option in entry(network).config.model_fields
-
-        # The few-shot procedure reads the shared settings alone, and holds out nothing.
-        return not is_few_shot or (
-            key not in HOLD_OUT_KEYS and has_key(SharedSettings, key.split("."))
-        )
-
-    def check_effect(self, given: Sequence[str], *, holds_out: bool = True) -> None:
-        """Raise `ConfigError` for *given* keys without effect.
-
-        *holds_out* tells whether the run chooses held-out images, because the data have none.
-        """
-        if ignored := [key for key in given if not self.reads(key)]:
-            raise ConfigError(
-                f"{', '.join(ignored)}: not used by the procedure "
-                f"{self.procedure.kind}; remove them, or choose another one with "
-                "procedure.kind, for example procedure.kind=loop, which trains all weights"
-            )
-
-        if not holds_out and (ignored := [key for key in given if key in HOLD_OUT_KEYS]):
-            raise ConfigError(
-                f"{', '.join(ignored)}: not used, because the data have "
-                "validation images; remove them"
-            )
 
     @property
     def data_folder(self) -> Path | None:
@@ -198,13 +153,32 @@ class Recipe(SharedSettings, LoopSettings):
 
     @property
     def training_crop(self) -> int:
-        """Side of the training images in pixels; those of the few-shot procedure are not augmented."""
-        if isinstance(self.procedure, FewShotConfig):
-            return self.preprocess.crop
+        """Side of the training images in pixels."""
+        return self.preprocess.crop
+
+
+class FewShotRecipe(Recipe):
+    """A linear classifier on features of a frozen network."""
+
+    procedure: FewShotConfig
+
+
+class LoopRecipe(Recipe, LoopSettings):
+    """The training loop, also from a fitted head (`fine_tune`), or a choice (`auto`).
+
+    Defaults follow the papers.
+    """
+
+    model: ModelConfig
+    start: StartConfig | None = None  # of `UpdateSettings`; others read only its weights
+
+    @property
+    def training_crop(self) -> int:
+        """Side of the training images in pixels, which are augmented."""
         return self.part(Augmentations).crop_of(self.preprocess)
 
     @pydantic.model_validator(mode="after")
-    def _check_combinations(self) -> "Recipe":
+    def _check_combinations(self) -> "LoopRecipe":
         """Check settings of different components against each other."""
         if self.optimizer.needs_whole_step:
             other = {
@@ -266,17 +240,24 @@ def change_recipe(
 
     *changes* are dotted keys with their values. If they select another network, data source or
     procedure, options that the selected one does not have are dropped. Selecting `fine_tune`
-    adds `FINE_TUNE_SETTINGS`, which other *changes* override. If `preprocess.crop` changes
-    alone, `preprocess.resize` keeps its ratio to it. Raises `ConfigError`, which names the file or
-    key, and the closest key.
+    adds `FINE_TUNE_SETTINGS`, which other *changes* override. Selecting a loop adds what *base* lacks,
+    as it is in the recipe `photos`. If `preprocess.crop` changes alone, `preprocess.resize` keeps
+    its ratio to it. Raises `ConfigError`, which names the file or key, and the closest key.
     """
     values = deepcopy(dict(base))
     # By keys of values: a change may be a whole table.
     changed = {key: value for change in changes for key, value in flatten(dict([change]))}
     _drop_foreign_options(values, changed)
 
+    kind_before = procedure_kind(values)
+    kind = changed.get("procedure.kind", kind_before)
+    if kind == "few_shot":
+        _drop_loop_settings(values)
+    elif kind_before == "few_shot" and kind != "fine_tune":
+        _add_loop_settings(values)
+
     preprocess_before = deepcopy(values.get("preprocess"))
-    add_fine_tune_settings(values, changed.get("procedure.kind"))
+    add_fine_tune_settings(values, kind)
     for key, value in changes:
         set_value(values, key, value)
 
@@ -326,6 +307,32 @@ def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> No
                 del options[key]
 
 
+def _drop_loop_settings(values: FieldValues) -> None:
+    """Drop from *values* what `LoopRecipe` has and `FewShotRecipe` does not have.
+
+    Recipes for both have such values, and all records of 0.3 and before.
+    """
+    tables = (
+        (values, LoopRecipe, FewShotRecipe),
+        (values.get("start"), StartConfig, StartWeights),
+        (values.get("model"), ModelConfig, CatalogModel),
+    )
+    for table, config, kept in tables:
+        if isinstance(table, dict):
+            for key in config.model_fields.keys() - kept.model_fields.keys():
+                table.pop(key, None)
+
+
+def _add_loop_settings(values: FieldValues) -> None:
+    """Add to *values*, of the few-shot procedure, the settings of a loop from the recipe `photos`."""
+    photos = read_values("photos")
+    start = photos.pop("start")
+    if isinstance(values.get("start"), dict):
+        values["start"] = {**start, **values["start"]}
+    for key, value in photos.items():
+        values.setdefault(key, value)
+
+
 def _find_config(table: str, kind: str) -> type[StrictModel] | None:
     """Find the options of the data source or procedure *kind*; *table* is "data" or "procedure"."""
     for config in get_args(OwnDataConfig if table == "data" else ProcedureConfig):
@@ -361,9 +368,10 @@ def format_toml(value: Any) -> str:
 
 
 def validate_recipe(values: FieldValues, source: str) -> Recipe:
-    """Validate *values*; raise `ConfigError` with *source* and the first problem."""
+    """Validate *values* for their procedure; raise `ConfigError` with *source* and the first problem."""
+    is_few_shot = procedure_kind(values) == "few_shot"
     try:
-        return Recipe.model_validate(values)
+        return (FewShotRecipe if is_few_shot else LoopRecipe).model_validate(values)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error, values)}") from error
     except ConfigError as error:
@@ -396,6 +404,10 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
 
     key = described.partition(": ")[0]
     keys = recipe_keys()
+    if procedure_kind(values) == "few_shot" and key in _list_keys(LoopSettings):
+        return (
+            f"{described}; the procedure few_shot does not use it, but procedure.kind=loop does"
+        )
     if key in keys:
         return f"{described}; it is a key of another kind"  # such as `optimizer.nesterov` of the kind adamw
     return with_hint(described, did_you_mean(key, keys))
@@ -403,7 +415,7 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
 
 def recipe_keys() -> list[str]:
     """List the dotted keys of recipes: those of all kinds of optimizers, data sources and others."""
-    return sorted(set(_list_keys(Recipe)))
+    return sorted(set(_list_keys(LoopRecipe)))
 
 
 def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:
@@ -424,24 +436,6 @@ def _tables(field: FieldInfo) -> list[type[pydantic.BaseModel]]:
     ]
 
 
-def has_key(config: type[pydantic.BaseModel], key: Sequence[str]) -> bool:
-    """Check whether *config* has the *key*, a path such as `("optimizer", "lr")` to a value or a table.
-
-    In a table with several kinds, such as `optimizer`, each key counts as present.
-    """
-    name, *rest = key
-    field = config.model_fields.get(name)
-    if field is None:
-        return False
-    if not rest:
-        return True
-
-    kinds = _tables(field)
-    if not kinds:  # a plain value has no keys
-        return False
-    return len(kinds) > 1 or has_key(kinds[0], rest)
-
-
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of nested tables, such as those of a recipe, with dotted keys behind *prefix*.
 
@@ -449,7 +443,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
     """
     for key, value in table.items():
         # Only a table of the recipe itself can be optional, not one in a table.
-        field = None if prefix else Recipe.model_fields.get(key)
+        field = None if prefix else LoopRecipe.model_fields.get(key)
         is_optional = field is not None and field.default is None
         # An empty table, such as `ema`, is a value as None is: it selects the defaults.
         is_value = is_optional and not value

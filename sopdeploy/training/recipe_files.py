@@ -111,10 +111,7 @@ def read_values(source: str | Path) -> FieldValues:
     merged = read_values(base)
     # For a recipe that selects `fine_tune` on a base with another procedure,
     # `FINE_TUNE_SETTINGS` replace these settings of the base; its others stay.
-    procedure = values.get("procedure")
-    add_fine_tune_settings(
-        merged, procedure.get("kind") if isinstance(procedure, dict) else None
-    )
+    add_fine_tune_settings(merged, procedure_kind(values))
 
     # A table of another kind replaces that of the base: the keys of the base would not fit it.
     for key, value in values.items():
@@ -130,11 +127,15 @@ def read_values(source: str | Path) -> FieldValues:
     return merged
 
 
+def procedure_kind(values: Mapping[str, Any]) -> Any:
+    """Return the procedure that the *values* of a recipe name; None if they name none."""
+    procedure = values.get("procedure")
+    return procedure.get("kind") if isinstance(procedure, dict) else None
+
+
 def add_fine_tune_settings(values: FieldValues, kind: Any) -> None:
     """Set `FINE_TUNE_SETTINGS` in the *values* of another procedure if *kind* is `fine_tune`."""
-    procedure = values.get("procedure")
-    kind_before = procedure.get("kind") if isinstance(procedure, dict) else None
-    if kind == "fine_tune" and kind_before != kind:
+    if kind == "fine_tune" and procedure_kind(values) != kind:
         for key, value in FINE_TUNE_SETTINGS.items():
             set_value(values, key, value)
 

@@ -1,9 +1,10 @@
 """The start of a run: what it was given, after all checks, before a file is written."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from secrets import token_hex
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +17,8 @@ from sopdeploy.data.photos.photo import Split
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError, amount, shorten
 from sopdeploy.images.limits import EXTRAS, missing_extra
+from sopdeploy.models.registry import entry
+from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import (
     Setup,
@@ -35,7 +38,15 @@ from sopdeploy.training.division import (
     leave_out_seen,
 )
 from sopdeploy.training.procedure import LOOP_INSTEAD, select_procedure
-from sopdeploy.training.recipe import AutoConfig, LoopConfig, Recipe, check_same_recipe
+from sopdeploy.training.recipe import (
+    AutoConfig,
+    FewShotRecipe,
+    LoopConfig,
+    LoopRecipe,
+    Recipe,
+    change_recipe,
+    check_same_recipe,
+)
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
     WeightSource,
@@ -53,13 +64,13 @@ class RunImages(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What the caller of a run knows: recipe `keys` that the user has set, and what is opened already.
+    """What the caller of a run knows: the user's `changes` of the recipe by dotted key, and what is opened already.
 
     `rule_before` is that of the run to start from, which rejects unknown images. `group_copies`
     finds the copies among images of which the run holds some out.
     """
 
-    keys: Sequence[str] = ()
+    changes: Mapping[str, Any] = MappingProxyType({})
     weights: WeightSource | None = None
     images: RunImages | None = None
     rule_before: Rejection | None = None
@@ -110,19 +121,19 @@ def set_up_run(
     )
     is_automatic = isinstance(recipe.procedure, AutoConfig)
     if not is_automatic:
-        selected.check_effect(given.keys, holds_out=not len(opened.held_out))
+        check_effect(selected, opened, given.changes)
 
     if last is None or recorded is None:
         division = _divide_and_check(selected, opened, last, folder, callback, given)
         setup = new_setup(selected, division, strategy, given.weights)
         if parts := setup.name_random_frozen_parts():
             problem = f"{parts} of the frozen network would stay random; {LOOP_INSTEAD}"
-            if "procedure.kind" in given.keys:
+            if "procedure.kind" in given.changes:
                 raise ConfigError(f"procedure {selected.procedure.kind}: {problem}")
             if not is_automatic:  # a recipe names the procedure
                 callback.on_warning(problem)
             else:  # what starts random must be trained
-                selected = selected.model_copy(update={"procedure": LoopConfig()})
+                selected = recipe.model_copy(update={"procedure": LoopConfig()})
                 reason = f"training loop, because {parts} would stay random in a frozen network"
                 division = _divide_and_check(selected, opened, last, folder, callback, given)
                 setup = new_setup(selected, division, strategy, given.weights)
@@ -131,7 +142,7 @@ def set_up_run(
         setup = _resume_setup(selected, recorded, division, folder, last)
 
     if is_automatic:  # the network has decided now, too
-        selected.check_effect(given.keys, holds_out=not len(opened.held_out))
+        check_effect(selected, opened, given.changes)
     if unknown is not None and unknown.note:
         callback.on_warning(unknown.note)
     check_same_step(setup, folder)
@@ -149,6 +160,26 @@ def set_up_run(
     )
 
 
+def check_effect(recipe: Recipe, opened: Split, changes: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for *changes* of the user, by key, without effect on the run of *recipe*."""
+    unused: list[str] = []
+    is_few_shot = isinstance(recipe, FewShotRecipe)
+    if is_few_shot:
+        # Settings of a loop, if "auto" selected this procedure after they were read.
+        selected = ("procedure.kind", "few_shot")
+        change_recipe(recipe.model_dump(), [*changes.items(), selected], "procedure few_shot")
+
+        # The network with a head has no branches.
+        head = entry(head_name(recipe.model.name)).config
+        options = [key for key in changes if key.startswith("model.config.")]
+        unused += [key for key in options if key.split(".")[2] not in head.model_fields]
+
+    if is_few_shot or len(opened.held_out):  # the run itself holds out no images
+        unused += sorted({"data.hold_out", "data.hold_out_seed"} & changes.keys())
+    if unused:
+        raise ConfigError(f"{', '.join(unused)}: not used in this run; remove them")
+
+
 def _divide_and_check(
     selected: Recipe,
     opened: Split,
@@ -160,8 +191,8 @@ def _divide_and_check(
     """Divide the images *opened* for the procedure of *selected*; raises `DataError` if they do not suffice."""
     strategy = folder.strategy
     division = divide_images(selected, opened, last, strategy, given.group_copies)
-    check_data(selected, opened, division, given.keys, callback)
-    if isinstance(selected.procedure, LoopConfig):
+    check_data(selected, opened, division, given.changes, callback)
+    if isinstance(selected, LoopRecipe) and isinstance(selected.procedure, LoopConfig):
         division = leave_out_seen(division, len(opened.held_out), strategy, callback)
         check_batch_size(selected, len(division.data.train), strategy.world)
     return division

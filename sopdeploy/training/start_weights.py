@@ -27,6 +27,7 @@ from sopdeploy.models.registry import CatalogModel, create_model, entry, make_co
 from sopdeploy.models.second_order_head import POOLED_HEAD, without_head
 from sopdeploy.models.timm_networks import TimmBackbone
 from sopdeploy.training.distributed import Strategy
+from sopdeploy.training.loop_settings import StartConfig
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.weights.checkpoint import COUNTER, Checkpoint
 from sopdeploy.weights.conversion import WeightFile
@@ -339,7 +340,8 @@ def create_initial_model(
     if recipe.start is None:
         return InitialModel(model, recipe, None)
     start = None if weights is None else load_start_weights(weights, model, labels)
-    if start is not None and recipe.start.new_classifier == "zero":
+    is_zero = isinstance(recipe.start, StartConfig) and recipe.start.new_classifier == "zero"
+    if start is not None and is_zero:
         set_new_classifiers_to_zero(model, start.new)
     preprocess = Preprocess() if weights is None else weights.preprocess
     return InitialModel(model, complete_preprocess(recipe, fit_crop(preprocess, model)), start)

@@ -36,7 +36,7 @@ from sopdeploy.training.loop.average import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import Loss, Teacher, create_teacher
 from sopdeploy.training.loop.updates import Updates, group_parameters
 from sopdeploy.training.loop_settings import StartConfig, StepSettings, UpdateSettings
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.recipe import LoopRecipe
 from sopdeploy.training.start_weights import classifier_name
 from sopdeploy.weights.checkpoint import Checkpoint, parse_checkpoint, plain_content
 
@@ -90,7 +90,9 @@ class LoopState:
     """
 
     def __init__(self, setup: Setup, frozen: FewShotFit | None = None) -> None:
-        recipe: Recipe = setup.recipe
+        recipe = setup.recipe
+        if not isinstance(recipe, LoopRecipe):
+            raise TypeError("the few-shot procedure has no loop")
         self.setup = setup
         self.recipe = recipe
         self.strategy = setup.strategy

@@ -185,7 +185,7 @@ def test_every_recipe_reads_class_folders_without_a_setting(
 
     assert isinstance(configured.data, FolderConfig)
     assert configured.data.path == class_folders
-    assert "data.kind" not in given.keys  # the user said nothing about it
+    assert "data.kind" not in given.changes  # the user said nothing about it
 
 
 def test_a_recipe_keeps_its_data_source_where_its_files_are(

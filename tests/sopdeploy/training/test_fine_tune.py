@@ -247,9 +247,13 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, network: list[st
             assert parts.num_epochs == whole.num_epochs == again.num_epochs
 
 
-@pytest.mark.parametrize("kind", ["few_shot", "fine_tune"])
+@pytest.mark.parametrize(
+    "settings",
+    [["procedure.kind=few_shot", *FINE_TUNE[1:7], *PLAIN], UNDECIDED],
+    ids=["few_shot", "fine_tune"],
+)
 def test_a_signal_after_the_cross_validation_stops_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str]
 ) -> None:
     def evaluate(*given: Any) -> Any:
         deliver(signal.SIGINT)
@@ -261,7 +265,7 @@ def test_a_signal_after_the_cross_validation_stops_the_run(
         few_digits(14),
         pytest.raises(TrainingStoppedError, match="first checkpoint"),
     ):
-        train_recipe(recipe(*UNDECIDED, f"procedure.kind={kind}"), tmp_path / "run")
+        train_recipe(recipe(*settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

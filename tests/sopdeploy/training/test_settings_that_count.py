@@ -7,18 +7,9 @@ from typing import Any
 import pytest
 
 import sopdeploy
-from sopdeploy.data.sources import FolderConfig
 from sopdeploy.errors import ConfigError
-from sopdeploy.training.recipe import (
-    ModelConfig,
-    Recipe,
-    RejectionConfig,
-    StartConfig,
-    flatten,
-    read_recipe,
-)
+from sopdeploy.training.recipe import FewShotRecipe, change_recipe, read_recipe
 from sopdeploy.training.results import LoopResult
-from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import paint
 
 TINY = (
@@ -28,13 +19,6 @@ TINY = (
     "preprocess.crop=16",
 )
 FEW_SHOT = "procedure.kind=few_shot"
-TABLES = {
-    StartConfig: "start.",
-    ModelConfig: "model.",
-    RejectionConfig: "rejection.",
-    FolderConfig: "data.",
-    Recipe: "",
-}
 
 
 @pytest.fixture
@@ -42,57 +26,35 @@ def photos(tmp_path: Path) -> Path:
     return paint(tmp_path / "photos", 4)
 
 
-def test_the_few_shot_procedure_reads_the_keys_that_it_declares(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_recipe_for_several_procedures_has_the_settings_of_the_selected_one(
+    photos: Path,
 ) -> None:
-    recipe = read_recipe(
-        "photos", [f"data.path={photos}", "start.weights=none", FEW_SHOT, *TINY]
-    )
-    found: set[str] = set()
+    settings = [f"data.path={photos}", "start.weights=none", "start.head_factor=3", *TINY]
+    whole = read_recipe("photos", settings)
+    record = {**whole.model_dump(mode="json"), "procedure": {"kind": "few_shot"}}  # as by 0.3
+    few_shot = change_recipe(record, [], "run")
 
-    def record(cls: Any, prefix: str) -> None:
-        def read(self: Any, name: str) -> Any:
-            if name in cls.model_fields:
-                found.add(prefix + name)
-            return object.__getattribute__(self, name)
+    assert isinstance(few_shot, FewShotRecipe)
+    assert few_shot.model_dump().keys() < whole.model_dump().keys()
+    assert few_shot == read_recipe("photos", [*settings[:2], *TINY, FEW_SHOT])
 
-        monkeypatch.setattr(cls, "__getattribute__", read, raising=False)
 
-    for cls, prefix in TABLES.items():
-        record(cls, prefix)
-    train_recipe(recipe, tmp_path / "run")
-    monkeypatch.undo()
-    read = {key for key in found if f"{key}." not in TABLES.values()}
-    not_traced = {"summary", "data.kind"}  # a title, and what selects the class of the config
-    declared = {key for key, _ in flatten(recipe.model_dump()) if recipe.reads(key)}
-    tables = {"model.config", "preprocess", "procedure"}  # read as a whole
-    leaves = {
-        key for key in declared if not any(key.startswith(f"{table}.") for table in tables)
-    } | tables
+@pytest.mark.parametrize("kind", ["loop", "auto", "fine_tune"])
+def test_a_run_of_few_images_can_be_followed_by_a_training_loop(
+    photos: Path, kind: str
+) -> None:
+    settings = [f"data.path={photos}", "start.weights=none", *TINY]
+    few_shot = read_recipe("photos", [*settings, FEW_SHOT]).model_dump(mode="json")
+    followed = change_recipe(few_shot, [("procedure.kind", kind)], "run")
 
-    assert {key for key in read if not recipe.reads(key)} == set()
-    assert {
-        key for key in leaves if key not in read and f"{key}." not in TABLES.values()
-    } <= not_traced
-
-    missing = {
-        "data.hold_out",
-        "data.hold_out_seed",
-        "model.remove_branches_at",
-        "start.learn",
-        "epochs",
-    }
-    assert not any(recipe.reads(key) for key in missing)
+    assert followed == read_recipe("photos", [*settings, f"procedure.kind={kind}"])
 
 
 NOT_READ: list[tuple[dict[str, Any], str]] = [
-    (
-        {"set": ("data.hold_out=0.4",)},
-        "data.hold_out: ",
-    ),
+    ({"set": ("data.hold_out=0.4",)}, "data.hold_out: "),
     ({"data.hold_out_seed": 3}, "data.hold_out_seed: "),
     ({"set": ('start={weights="none", learn="classifier"}',)}, "start.learn: "),
-    ({"save": {"every_minutes": 1}}, "save.every_minutes: "),
+    ({"save": {"every_minutes": 1}}, "save: .*procedure.kind=loop"),
     (
         {"set": ("model.name=dsop-resnet8", "model.config.aux_widths=[8,8,8]")},
         "model.config.aux_widths: ",
@@ -123,7 +85,7 @@ def test_the_part_to_hold_out_is_refused_where_the_data_have_one(
         shutil.copytree(photos / label, photos / "val" / label)
         (photos / label).rename(photos / "train" / label)
 
-    with pytest.raises(ConfigError, match="validation images"):
+    with pytest.raises(ConfigError, match=key.partition("=")[0]):
         sopdeploy.train(photos, weights="none", out=photos.parent / "run", set=(*TINY, key))
 
 

@@ -25,7 +25,7 @@ from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.recipe import LoopRecipe, read_recipe
 from sopdeploy.training.start_weights import (
     InitialModel,
     StartWeights,
@@ -484,7 +484,7 @@ def test_a_run_records_its_start_and_resumes_without_the_file(tmp_path) -> None:
     moved = first.best.rename(tmp_path / "start.pt")
     values = short_recipe(f"start.weights={moved}", "epochs=1").model_dump(mode="json")
     del values["preprocess"]["mean"]
-    recipe = Recipe.model_validate(values)
+    recipe = LoopRecipe.model_validate(values)
     result = train_recipe(recipe, tmp_path / "run")
 
     assert result.start is not None

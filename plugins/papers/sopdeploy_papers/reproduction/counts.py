@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sopdeploy.models.describe import Description, Published, describe
 from sopdeploy.models.registry import CatalogModel
-from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.recipe import LoopRecipe, Recipe, read_recipe
 from sopdeploy_papers.reproduction.tables import DATA_SETS, Column, PrintedRow, PrintedTable
 
 # The counts of a network by column of a table: name, and quantity of `describe`'s published
@@ -60,7 +60,7 @@ def _describe_once(name: str, side: int, num_classes: int, config: str) -> Descr
 
 
 def count_figures(
-    printed: PrintedRow, recipe: Recipe, table: PrintedTable
+    printed: PrintedRow, recipe: LoopRecipe, table: PrintedTable
 ) -> dict[str, RowFigure]:
     """Return the printed figures of a row, whose network *recipe* trains, with counts where one is known."""
     figures = _count_network(printed, recipe, table)

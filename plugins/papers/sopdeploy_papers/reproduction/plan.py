@@ -10,7 +10,7 @@ from sopdeploy.data.augment import PadCrop
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import Counts
 from sopdeploy.models.registry import CatalogModel, make_config
-from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
+from sopdeploy.training.recipe import LoopRecipe, Recipe, format_toml, read_recipe
 from sopdeploy.weights.published import published_network
 from sopdeploy_papers.reproduction.counts import RowFigure, count_figures, describe_network
 from sopdeploy_papers.reproduction.results import SeedResult, mean_error
@@ -259,6 +259,8 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
     """
     # Without the user's data and settings
     paper_recipe = read_recipe(row.source, row.overrides)
+    if not isinstance(paper_recipe, LoopRecipe):
+        raise TypeError(f"{row.source}: papers train their networks in a loop")
     row.figures = count_figures(row.printed, paper_recipe, table)
 
     for form in table.forms:
@@ -298,7 +300,7 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
     row.gpu_hours = estimate_hours(paper_recipe, DATA_SETS[table.data])
 
 
-def scale_down(recipe: Recipe, data: Path) -> tuple[str, ...]:
+def scale_down(recipe: LoopRecipe, data: Path) -> tuple[str, ...]:
     """Build the changes that train the network of *recipe* on the classes in *data* in minutes on a CPU."""
     side = min(SMALL_SIDE, recipe.preprocess.crop)
     batch = SMALL_BATCH
@@ -323,7 +325,7 @@ def scale_down(recipe: Recipe, data: Path) -> tuple[str, ...]:
     return tuple(changes)
 
 
-def estimate_hours(recipe: Recipe, data: DataSet) -> float:
+def estimate_hours(recipe: LoopRecipe, data: DataSet) -> float:
     """Estimate the GPU hours of a run of *recipe* on *data*, with the assumption `ASSUMPTION`.
 
     A teacher that is trained jointly costs as much per multiply-add as its student; the forward

@@ -17,7 +17,7 @@ from sopdeploy.training.checkpoints import read_resumed
 from sopdeploy.training.diagnostics import EpochRow, median_throughput
 from sopdeploy.training.distributed import select_device
 from sopdeploy.training.division import open_division
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.recipe import LoopRecipe, Recipe
 from sopdeploy.training.train import TrainingResult
 from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 
@@ -60,7 +60,8 @@ def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
     if len(model.loss_weights()) > 1:
         images = open_division(recipe, checkpoint, trained.last).data.held_out
         network = AllHeads(model.to(select_device(recipe.device)))
-        evaluated = as_evaluated(network, mirror=recipe.validation.mirror)
+        mirror = isinstance(recipe, LoopRecipe) and recipe.validation.mirror
+        evaluated = as_evaluated(network, mirror=mirror)
         logits = score_images(evaluated, checkpoint.preprocess, images, workers=recipe.workers)
         for name, head_logits in network.split(logits).items():
             heads[name] = held_out_metrics(images.labels, head_logits, images.targets)

@@ -12,7 +12,7 @@ from sopdeploy.data.augment import Augmentations
 from sopdeploy.data.sources import open_data
 from sopdeploy.training.loop.average import ExponentialMovingAverage
 from sopdeploy.training.loop.optimizer import create_optimizer
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.recipe import LoopRecipe
 from sopdeploy.training.schedules import Cosine, Milestones, OneCycle
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights.checkpoint import read_checkpoint
@@ -104,7 +104,7 @@ def test_training_crops_can_have_another_size_than_evaluation() -> None:
     )
 
     assert dataset.pixels([0]).shape == (1, 12, 12, 3)
-    assert Recipe.model_validate(recipe.model_dump()) == recipe
+    assert LoopRecipe.model_validate(recipe.model_dump()) == recipe
 
 
 def test_milestones_multiply_after_a_linear_warm_up() -> None:
