@@ -67,7 +67,7 @@ def add_embedding_output(
     preprocess: Preprocess,
     images: NDArray[np.uint8],
     classes: int,
-    training_only: Sequence[str],
+    training_only: Sequence[str] = (),
 ) -> None:
     """Make the input of the last linear layer an output of *network*, in place.
 

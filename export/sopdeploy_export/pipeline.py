@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.export import ExportedProgram
 
 from sopdeploy.base.names import label_problem
@@ -106,25 +107,51 @@ def export_checkpoint(
     if options is None:
         options = ExportOptions()
     checkpoint = read_checkpoint(path)
-    subject = _as_subject(checkpoint, build_classifier(checkpoint, path), options.name)
+    network = build_classifier(checkpoint, path)
+    detachment = Detachment.of(network)
+    training_only = detachment.training_only
+    decision = checkpoint.decision
+    if decision is not None and options.trained_logits:
+        decision = decision.for_trained_logits()
+
+    # Check what needs no run of the network.
     check_torch_state()
-    training_only = subject.detachment.training_only
-    check_exportable(subject.network, training_only)
-    warnings = check_size(weight_bytes(subject.network, training_only), options.precision)
-    subject = replace(subject, warnings=(*subject.warnings, *warnings))
-    if subject.decision is not None and options.trained_logits:
-        subject = replace(subject, decision=subject.decision.for_trained_logits())
+    check_exportable(network, training_only)
+    warnings = check_size(weight_bytes(network, training_only), options.precision)
+    project = options.name or checkpoint.project or checkpoint.model.replace(":", "-")
     # A server would replace a bundle of the same name, so one that was trained on other images is
     # refused; not if the user gave the name, who may want to replace it.
     if options.name is None:
-        refuse_other_images(destination, subject.project, checkpoint)
-    del checkpoint  # frees its weights, of which the network has copies
-    _check_subject(subject, options)
+        refuse_other_images(destination, project, checkpoint)
+    _check_labels_and_parts(checkpoint.labels, network, training_only, detach=options.detach)
     accuracy_check = check_photos(
-        options, subject.preprocess, subject.labels, subject.decision, subject.origin
+        options, checkpoint.preprocess, checkpoint.labels, decision, checkpoint.origin
     )
+
+    subject = ExportSubject(
+        name=checkpoint.model,
+        project=project,
+        network=network,
+        detachment=detachment,
+        labels=checkpoint.labels,
+        preprocess=checkpoint.preprocess,
+        config=checkpoint.config,
+        sha256=checkpoint.sha256,
+        decision=decision,
+        training=checkpoint.training,
+        origin=checkpoint.origin,
+        warnings=warnings,
+    )
+    capture = partial(
+        _run_and_capture,
+        network,
+        checkpoint.preprocess,
+        len(checkpoint.labels),
+        decision,
+        options,
+    )
+    del checkpoint  # frees its weights, of which the network has copies
     with reporting(on_step):
-        capture = partial(_run_and_capture, subject, options)
         return export_subject(subject, destination, options, capture, accuracy_check, started)
 
 
@@ -144,26 +171,31 @@ def check_photos(
     return AccuracyCheck(options, preprocess, labels, decision, origin) if has_photos else None
 
 
-def _run_and_capture(subject: ExportSubject, options: ExportOptions) -> Captured:
-    """Run the network of *subject*, which is one of the catalog, and capture it.
+def _run_and_capture(
+    network: Classifier,
+    preprocess: Preprocess,
+    num_classes: int,
+    decision: Decision | None,
+    options: ExportOptions,
+) -> Captured:
+    """Run *network*, which is one of the catalog, and capture it.
 
     Raises `LoweringError` if its logits are the same for all images, and the errors of the capture.
     """
     step("running the network")
-    network = subject.network
-    preprocess = subject.preprocess
-    scaling = _change_last_layer(subject, with_features=options.with_features)
-    images = np.stack([*export_images(preprocess).values()])
+    scaling = _change_last_layer(
+        network, preprocess, num_classes, decision, with_features=options.with_features
+    )
     plain = run_first(
         Deployed(network, preprocess).eval(),
-        torch.from_numpy(images),
-        len(subject.labels),
+        export_images(preprocess),
+        num_classes,
         options.max_batch,
     )
     check_depends_on_images(
         network,
         plain.outputs[0],
-        several_classes=subject.decision is not None and subject.decision.is_multi_label,
+        several_classes=decision is not None and decision.is_multi_label,
         allowed=options.allow_numerical_error,
         advice="train longer",
     )
@@ -185,15 +217,21 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
         raise CheckpointError(
             f"{path}: not the checkpoint of {manifest.name}; give the one that was exported"
         )
-    subject = _as_subject(checkpoint, build_classifier(checkpoint, path))
+    network = build_classifier(checkpoint, path)
+    preprocess = checkpoint.preprocess
 
     # The changes that the export made before it captured the network. The decision of the bundle
     # says whether the classifier was divided.
-    subject = replace(subject, decision=manifest.decision)
     has_embedding = EMBEDDING in [output.name for output in manifest.outputs]
-    _change_last_layer(subject, with_features=has_embedding)
+    _change_last_layer(
+        network,
+        preprocess,
+        len(checkpoint.labels),
+        manifest.decision,
+        with_features=has_embedding,
+    )
 
-    program = capture_any_batch(subject.network, subject.preprocess, manifest.batch)
+    program = capture_any_batch(network, preprocess, manifest.batch)
     root = program_root(program).sha256
     if root != lineage.program_root:
         raise CertificateError(
@@ -205,47 +243,25 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
 
 
 def _change_last_layer(
-    subject: ExportSubject, *, with_features: bool
+    network: Classifier,
+    preprocess: Preprocess,
+    num_classes: int,
+    decision: Decision | None,
+    *,
+    with_features: bool,
 ) -> TemperatureScaling | None:
-    """Fold the temperature of the decision of *subject* into the last linear layer of its network, in place.
+    """Fold the temperature of *decision* into the last linear layer of *network*, in place.
 
     Returns what was divided: nothing with a temperature of 1, or if the decision divides the logits
     itself. With *with_features*, the input of this layer becomes an output. Raises `LoweringError` if
     one of the two is to be done and no linear layer computes the logits.
     """
-    network = subject.network
-    preprocess = subject.preprocess
     images = generated_images(preprocess.crop)
-    classes = len(subject.labels)
-    decision = subject.decision
     if with_features:
-        training_only = subject.detachment.training_only
-        add_embedding_output(network, preprocess, images, classes, training_only)
+        add_embedding_output(network, preprocess, images, num_classes)
     if decision is None or decision.temperature == 1 or decision.divides_logits:
         return None
-    return fold_temperature(network, decision.temperature, preprocess, images, classes)
-
-
-def _as_subject(
-    checkpoint: Checkpoint, network: Classifier, name: str | None = None
-) -> ExportSubject:
-    """Make the subject of an export of *network*, which was built from *checkpoint*.
-
-    *name* is that of the project, by default that in the checkpoint, or else that of the network.
-    """
-    return ExportSubject(
-        name=checkpoint.model,
-        project=name or checkpoint.project or checkpoint.model.replace(":", "-"),
-        network=network,
-        detachment=Detachment.of(network),
-        labels=checkpoint.labels,
-        preprocess=checkpoint.preprocess,
-        config=checkpoint.config,
-        sha256=checkpoint.sha256,
-        decision=checkpoint.decision,
-        training=checkpoint.training,
-        origin=checkpoint.origin,
-    )
+    return fold_temperature(network, decision.temperature, preprocess, images, num_classes)
 
 
 def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint) -> None:
@@ -301,7 +317,9 @@ def export_subject(
     export began at *started*, in `time.monotonic`. Tells `progress.step` each step. Raises a
     `SopdeployError` if a step failed.
     """
-    images = generated_images(subject.preprocess.crop)
+    preprocess = subject.preprocess
+    parts = subject.detachment.training_only
+    images = generated_images(preprocess.crop)
 
     # The folder of the bundle comes first, which checks that *destination* can be written.
     with publication.staging(destination) as folder, attributes_restored(subject.network):
@@ -310,22 +328,27 @@ def export_subject(
 
         # Prove the statements about graphs, write the file, and measure the others.
         checks = Checks()
-        kind = _prove_graphs(subject, trained, options, checks)
+        kind = _prove_graphs(trained, subject.detachment, preprocess, options.batch, checks)
         if sum(tensor.nbytes for tensor in trained.tensors.values()) > MANY_BYTES:
             gc.collect()  # the plain network refers to itself, so nothing else frees it
-        file = write_file(subject, trained, plain, options, folder, accuracy_check)
-        measured = _measure(subject, trained, plain, file, options, checks)
+        file = write_file(trained, plain, parts, preprocess, options, folder, accuracy_check)
+        measured = _measure(trained, plain, file, images, parts, options, checks)
 
         # Write the bundle.
-        certificate = _certify(subject, captured, kind, file, measured, options, checks)
+        certificate = _certify(subject, captured, kind, file, measured, checks)
         results = _collect(subject, certificate, file, measured)
         step("writing the bundle")
-        parity = measured.parity
-        probes = as_probes(images, measured.exact, parity)
+        probes = as_probes(images, measured.exact, measured.parity)
         write_probes(folder / "probes.npz", probes)
-        tolerance = probes.tolerance[LOGITS]
-        gate = file.converted.gate
-        write_golden_examples(subject, folder, file.session, gate, parity, tolerance)
+        write_golden_examples(
+            folder,
+            file.session,
+            preprocess,
+            trained.network,
+            file.converted.gate,
+            measured.parity,
+            probes.tolerance[LOGITS],
+        )
         opset = file.converted.model.opset_import[0].version
         manifest = write_reports(subject, folder, options, probes, results, opset)
         path = publication.publish(folder, manifest, destination)
@@ -347,51 +370,54 @@ def export_subject(
 
 
 def _prove_graphs(
-    subject: ExportSubject, trained: Compared, options: ExportOptions, checks: Checks
+    trained: Compared,
+    detachment: Detachment,
+    preprocess: Preprocess,
+    batch: BatchRange,
+    checks: Checks,
 ) -> ProofKind:
-    """Prove the statements about the graph of the network of *subject*, which is captured as *trained*."""
-    parts = subject.detachment.training_only
-    with attributes_restored(subject.network):
+    """Prove the statements about the graph of *trained*, from which *detachment* removes parts."""
+    parts = detachment.training_only
+    with attributes_restored(trained.network):
         checks.begin("Removed")
         prove_removed(trained, parts)
         checks.begin("Graph")
-        plain = _build_plain(subject.detachment, trained, subject.preprocess, options.batch)
+        plain = _build_plain(detachment, trained, preprocess, batch)
         prove_graph(trained, plain)
     return kind_of_proof(plain, parts)
 
 
 def _measure(
-    subject: ExportSubject,
     trained: Compared,
     plain: PlainOutputs,
     file: ExportedFile,
+    images: NDArray[np.uint8],
+    parts: tuple[str, ...],
     options: ExportOptions,
     checks: Checks,
 ) -> _Measured:
-    """Measure the statements about runs: of the network *trained*, whose outputs are *plain*, and of *file*."""
-    preprocess = subject.preprocess
-    parts = subject.detachment.training_only
+    """Measure the statements about runs: *plain*, that of the network *trained*, and runs of *file*.
+
+    *images*, uint8 (P, H, W, 3), are the last ones of *plain*, which are compared with the network in float64.
+    *parts* of the network are removed.
+    """
     is_float32 = options.precision == "fp32"
 
     # The file runs first, because the network is compared with it.
     checks.begin("Plain run")
-    named_images = export_images(preprocess)
-    file_runs = run_file(file.session, np.stack([*named_images.values()]), options.batch)
-    with attributes_restored(subject.network):
+    file_runs = run_file(file.session, np.stack([*plain.images.values()]), options.batch)
+    with attributes_restored(trained.network):
         plain_runs = measure_plain_run(
             trained,
-            preprocess,
+            plain,
             options.max_batch,
             parts,
-            plain,
             file_runs.outputs if is_float32 else None,
         )
     checks.begin("Images")
     check_mixing(file_runs.mixing, allowed=options.allow_batch_dependence)
 
-    # The last images are those that are compared with the network in float64.
     checks.begin("File")
-    images = generated_images(preprocess.crop)
     if is_float32:
         rounded = tuple(output[-len(images) :] for output in plain.outputs)
     else:
@@ -427,7 +453,6 @@ def _certify(
     kind: ProofKind,
     file: ExportedFile,
     measured: _Measured,
-    options: ExportOptions,
     checks: Checks,
 ) -> Certificate:
     """Write down what was proved and measured."""
@@ -446,9 +471,9 @@ def _certify(
             shipped=file.shipped_root,
         ),
         batches=measured.plain_runs.batches,
-        num_images=len(generated_images(subject.preprocess.crop)),
+        num_images=measured.parity.num_images,
         mixes_images=measured.mixing,
-        precision=options.precision,
+        precision=measured.parity.precision,
         statements=checks.evidence(),
         temperature_scaling=captured.scaling,
     )
@@ -476,13 +501,18 @@ def _collect(
     )
 
 
-def _check_subject(subject: ExportSubject, options: ExportOptions) -> None:
-    """Raise `ConfigError` for wrong labels, and `DetachError` for parts that *options* do not remove."""
-    if problem := label_problem(subject.labels):
+def _check_labels_and_parts(
+    labels: tuple[str, ...],
+    network: Classifier,
+    training_only: tuple[str, ...],
+    *,
+    detach: bool,
+) -> None:
+    """Raise `ConfigError` for wrong *labels*, and `DetachError` for parts of *network* that stay without *detach*."""
+    if problem := label_problem(labels):
         raise ConfigError(f"{problem}; rename the class and train again")
-    training_only = subject.detachment.training_only
-    if not options.detach and has_tensors(subject.network, training_only):
-        kind = type(subject.network).__name__
+    if not detach and has_tensors(network, training_only):
+        kind = type(network).__name__
         parts = ", ".join(training_only)
         problem = f"{kind} still carries training-only parts ({parts})"
         raise DetachError(problem, remedies={"detach": True})

@@ -1,7 +1,7 @@
 """Runs of a network and of a file: in float64, in batches, in ONNX Runtime; and the gate of a mixture."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import BuiltinFunctionType
@@ -120,8 +120,12 @@ def widen_dtype(value: Any) -> Any:
 
 
 class PlainOutputs(NamedTuple):
-    """The outputs (P, ...) of a plain run for P images, and of its batch `REPEATED`, which ran again at the end."""
+    """A plain run: P uint8 images (H, W, 3) by name, the outputs (P, ...) for them, and those of a repeated batch.
 
+    This is the batch `REPEATED`, which ran again at the end.
+    """
+
+    images: Mapping[str, NDArray[np.uint8]]
     outputs: tuple[Tensor, ...]
     repeated: tuple[Tensor, ...]
 
@@ -140,13 +144,15 @@ def divide(images: Tensor, largest: int) -> list[Tensor]:
     return list(torch.split(filled, sizes))
 
 
-def run_as_users_do(run: BatchRun, images: Tensor, largest: int) -> PlainOutputs:
-    """Run uint8 *images* (P, H, W, 3) in batches of at most *largest*, with torch's fast path."""
-    batches = divide(images, largest)
+def run_as_users_do(
+    run: BatchRun, images: Mapping[str, NDArray[np.uint8]], largest: int
+) -> PlainOutputs:
+    """Run uint8 *images* (H, W, 3), by name, in batches of at most *largest*, with torch's fast path."""
+    batches = divide(torch.from_numpy(np.stack([*images.values()])), largest)
     runs = [run_batch(run, batch) for batch in batches]
     repeated = run_batch(run, batches[REPEATED])
     outputs = [torch.cat(parts)[: len(images)] for parts in zip(*runs, strict=True)]
-    return PlainOutputs(tuple(outputs), repeated)
+    return PlainOutputs(images, tuple(outputs), repeated)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -87,9 +86,8 @@ def prove(network: nn.Module, detachment: Detachment | None = None) -> Compared:
         trained = Compared.of("trained", network, PREPROCESS, ALONE)
         prove_removed(trained, parts)
         prove_graph(trained, build_plain(detachment, trained, PREPROCESS, ALONE))
-        images = torch.from_numpy(np.stack([*export_images(PREPROCESS).values()]))
-        plain = run_as_users_do(trained.deployed, images, ALONE.maximum)
-        measure_plain_run(trained, PREPROCESS, ALONE.maximum, parts, plain)
+        plain = run_as_users_do(trained.deployed, export_images(PREPROCESS), ALONE.maximum)
+        measure_plain_run(trained, plain, ALONE.maximum, parts)
     return trained
 
 

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
@@ -46,9 +48,12 @@ SUBSET_OF_VALUES = (
 
 
 def run_first(
-    deployed: Deployed, images: Tensor, classes: int | None, largest: int
+    deployed: Deployed,
+    images: Mapping[str, NDArray[np.uint8]],
+    classes: int | None,
+    largest: int,
 ) -> PlainOutputs:
-    """Run the network on uint8 *images* (P, H, W, 3) in batches of at most *largest*, and check its outputs.
+    """Run the network on uint8 *images* (H, W, 3), by name, in batches of at most *largest*; check its outputs.
 
     Afterwards, it is as before. With None, any number of *classes* is accepted. Raises the errors
     of `run_and_check`.

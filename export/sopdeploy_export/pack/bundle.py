@@ -93,17 +93,18 @@ def as_probes(
 
 
 def write_golden_examples(
-    subject: ExportSubject,
     folder: Path,
     session: onnxruntime.InferenceSession,
+    preprocess: Preprocess,
+    network: nn.Module,
     gate: GateRun | None,
     parity: ParityReport,
     tolerance: float,
 ) -> None:
-    """Write golden examples of *session* to *folder*.
+    """Write golden examples of *session*, whose images *preprocess* converts, to *folder*.
 
-    Images for which rounding can change the choice of the gate are left out; *gate* computes the
-    gate's logits. *tolerance* is the tolerance of the logits of the probes; that of the examples is
+    Images for which rounding can change the choice of the gate of *network* are left out; *gate* computes
+    its logits. *tolerance* is the tolerance of the logits of the probes; that of the examples is
     a multiple of it (`TOLERANCES`).
     """
 
@@ -116,10 +117,10 @@ def write_golden_examples(
         if gate is None or parity.routing is None:
             return True
         logits = gate(torch.tensor(pixels[None]))
-        num_chosen = find_gate(subject.network).chosen
+        num_chosen = find_gate(network).chosen
         return bool(mark_decided(logits, num_chosen, parity.routing.tolerance).all())
 
-    write_golden(folder, subject.preprocess, run, TOLERANCES * tolerance, has_decided_gate)
+    write_golden(folder, preprocess, run, TOLERANCES * tolerance, has_decided_gate)
 
 
 def write_reports(

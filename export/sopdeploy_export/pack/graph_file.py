@@ -12,6 +12,7 @@ from sopdeploy.base.files import GRAPH, GRAPH_DATA
 from sopdeploy.bundle.onnx_root import NO_WEIGHTS, onnx_root
 from sopdeploy.bundle.sealed import view_file
 from sopdeploy.errors import LoweringError
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.deployed import output_names
 from sopdeploy_export.lower.accuracy import AccuracyCheck
 from sopdeploy_export.lower.precision import (
@@ -27,7 +28,6 @@ from sopdeploy_export.progress import step
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.plain_run import measure_plain_run
 from sopdeploy_export.runs import PlainOutputs, open_session
-from sopdeploy_export.subject import ExportSubject
 
 
 class ExportedFile(NamedTuple):
@@ -51,51 +51,53 @@ class ExportedFile(NamedTuple):
 
 
 def _lower_trained(
-    subject: ExportSubject,
     trained: Compared,
     plain: PlainOutputs,
+    parts: tuple[str, ...],
     options: ExportOptions,
     folder: Path,
 ) -> onnx.ModelProto:
     """Convert the network *trained* to ONNX in float32.
 
-    Weights that do not fit into the graph are written to *folder*, but not for int8, which must have them in it.
+    If this fails, its run *plain* is compared with the graph, from which *parts* are removed. Weights that do
+    not fit into the graph are written to *folder*, but not for int8, which must have them in it.
     """
     weights_folder = None if options.precision == "int8" else folder
     try:
         return lower(trained.program, output_names(trained.network), weights_folder)
     except LoweringError:
         # The cause can be a graph that is not the network's.
-        parts = subject.detachment.training_only
-        measure_plain_run(trained, subject.preprocess, options.max_batch, parts, plain)
+        measure_plain_run(trained, plain, options.max_batch, parts)
         raise
 
 
 def write_file(
-    subject: ExportSubject,
     trained: Compared,
     plain: PlainOutputs,
+    parts: tuple[str, ...],
+    preprocess: Preprocess,
     options: ExportOptions,
     folder: Path,
     accuracy_check: AccuracyCheck | None,
 ) -> ExportedFile:
-    """Convert the network *trained* to ONNX, then to the precision; write the file to *folder* and load it."""
+    """Convert the network *trained* to ONNX, then to the precision; write the file to *folder* and load it.
+
+    *parts* of the network are removed, and *plain* is its plain run.
+    """
     user_images = NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
 
     with TemporaryDirectory(dir=folder.parent) as temporary:
         # The graph in float32. The file of its weights, if there is one, is exported only in this precision.
         step("converting to ONNX")
         float32_folder = folder if options.precision == "fp32" else Path(temporary)
-        model = _lower_trained(subject, trained, plain, options, float32_folder)
+        model = _lower_trained(trained, plain, parts, options, float32_folder)
         root = onnx_root(model, _weights_in(float32_folder))
 
         # The precision.
         if options.precision != "fp32":
             step(f"converting the graph to {options.precision}")
         certified = Lowered(trained.network, trained.program, model)
-        converted = convert_precision(
-            certified, subject.preprocess, options, user_images, folder
-        )
+        converted = convert_precision(certified, preprocess, options, user_images, folder)
         shipped_root = root
         if options.precision != "fp32":
             shipped_root = onnx_root(converted.model, _weights_in(folder))

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sopdeploy.errors import CertificateError, SopdeployError, first_line, shorten
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.capture.deployed import STATELESS, export_images
+from sopdeploy_export.capture.deployed import STATELESS
 from sopdeploy_export.program_hashes import are_equal
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.runs import (
@@ -70,21 +69,18 @@ class PlainRuns(NamedTuple):
 
 def measure_plain_run(
     trained: Compared,
-    preprocess: Preprocess,
+    plain: PlainOutputs,
     largest_batch: int,
     parts: tuple[str, ...],
-    plain: PlainOutputs,
     of_file: Arrays | None = None,
 ) -> PlainRuns:
-    """Compare runs of the network *trained* with runs of its graph, in batches of at most *largest_batch*.
+    """Compare *plain*, a run of the network *trained* in batches of at most *largest_batch*, with its graph.
 
-    *parts* of it are removed. *plain* are its outputs (P, ...) for the P images of an export, and
-    *of_file* the outputs of its file in float32 by name, if it ran. Raises `CertificateError` for the
-    first run that differs.
+    *parts* of the network are removed. *of_file* are the outputs of its file in float32 by name, if it ran
+    on the same images. Raises `CertificateError` for the first run that differs.
     """
-    named_images = export_images(preprocess)
-    names = [*named_images]
-    images = torch.from_numpy(np.stack([*named_images.values()]))
+    names = [*plain.images]
+    images = torch.from_numpy(np.stack([*plain.images.values()]))
     network = trained.deployed
 
     # Batch by batch; the graph itself runs only where the file gives something else.

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -109,7 +108,7 @@ def admit(
 
     # It runs once on the images of all later comparisons. If it fails, it may take gray images.
     step("running the network")
-    images = torch.from_numpy(np.stack([*export_images(preprocess).values()]))
+    images = export_images(preprocess)
     given = preprocess
     deployed = Deployed(network, preprocess).eval()
     try:

@@ -225,15 +225,16 @@ def measure(network: nn.Module, largest: int = 8) -> tuple[int, ...]:
     plain = run(network.eval(), largest)
     trained = Compared.of("trained", network, PREPROCESS, batch)
     prove_removed(trained, parts)
-    return measure_plain_run(trained, PREPROCESS, largest, parts, plain).batches
+    return measure_plain_run(trained, plain, largest, parts).batches
 
 
 def run(network: nn.Module, largest: int) -> PlainOutputs:
     """Run *network* on the images of an export; it is as before afterwards."""
-    images = torch.from_numpy(np.stack([*export_images(PREPROCESS).values()]))
     deployed = Deployed(network, PREPROCESS).eval()
     with attributes_restored(network):
-        return run_as_users_do(partial(run_plainly, deployed), images, largest)
+        return run_as_users_do(
+            partial(run_plainly, deployed), export_images(PREPROCESS), largest
+        )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -305,7 +306,7 @@ def test_the_graph_runs_only_where_its_file_gives_something_else(
     of_file[[*wrong]] += 1
 
     plain = run(network, max(SIZES))
-    measure_plain_run(compared, PREPROCESS, max(SIZES), ("aux",), plain, {"logits": of_file})
+    measure_plain_run(compared, plain, max(SIZES), ("aux",), {"logits": of_file})
     assert len(graph_runs) == len(wrong)
 
 
@@ -316,7 +317,7 @@ def test_a_repeated_run_must_give_the_same_bits() -> None:
     repeated = (torch.nextafter(plain.repeated[0], torch.tensor(torch.inf)),)
 
     with pytest.raises(CertificateError, match="second run"):
-        measure_plain_run(compared, PREPROCESS, 1, ("aux",), plain._replace(repeated=repeated))
+        measure_plain_run(compared, plain._replace(repeated=repeated), 1, ("aux",))
 
 
 def test_code_that_reads_the_memory_of_a_removed_tensor_is_refused() -> None:
