@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import httpx
 import pytest
@@ -509,14 +510,25 @@ def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(
         visible_devices(device, environment)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", [TWO_DEVICES, FRONT_ENDS])
-def test_processes_share_a_rate_limit_and_a_folder_of_photos(tmp_path, jpeg, way) -> None:
-    decision = Decision(rejection=Rejection(threshold=1e9))
-    bundle = write_bundle(tmp_path / "bundle", decision=decision)
-    kept = tmp_path / "kept"
+class KeysOfServer(NamedTuple):
+    """A file with many keys, of which `limited` has a rate of five requests."""
 
-    # A file with many keys, of which one has a rate of five requests
+    file: Path
+    free: str
+    limited: str
+
+    def replace_free(self, folder: Path) -> str:
+        """Write another key in the place of `free`; return it."""
+        new = new_key(folder / "new.toml", "new")
+        text = self.file.read_text()
+        begin = text.index('[[key]]\nname = "free"')
+        end = text.index('[[key]]\nname = "limited"')
+        self.file.write_text(text[:begin] + text[end:] + (folder / "new.toml").read_text())
+        return new
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> KeysOfServer:
     file = tmp_path / "keys.toml"
     free, limited = new_key(file, "free"), new_key(file, "limited", 1e-6)
     others = (
@@ -524,56 +536,63 @@ def test_processes_share_a_rate_limit_and_a_folder_of_photos(tmp_path, jpeg, way
         for number in range(4100)
     )
     file.write_text("".join(others) + file.read_text().replace("burst = 64", "burst = 5"))
+    return KeysOfServer(file, free, limited)
 
-    options = [
-        f"--setting={setting}"
-        for setting in (f"keep={kept}", "keep_bytes=65536", "keep_sample=1")
-    ]
 
-    with serving(str(bundle), "--keys", str(file), *options, *WAYS[way]) as client:
-        # Twelve connections reach all processes, whose photos are in one folder below its limit.
-        with ExitStack() as stack:
-            for body, connection in zip(
-                photos(12), open_connections(client, 12, stack), strict=True
-            ):
-                assert classify_on(body, connection, **{"x-api-key": free}) == 200
+def statuses(client: httpx.Client, key: str, body: bytes, requests: int) -> list[int]:
+    client.headers["x-api-key"] = key
+    replies = [client.post("/v1/classify", content=body) for _ in range(requests)]
+    return [reply.status_code for reply in replies]
 
-        client.headers["x-api-key"] = free
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [TWO_DEVICES, FRONT_ENDS])
+def test_processes_share_a_folder_of_photos_and_its_limit(tmp_path, way) -> None:
+    decision = Decision(rejection=Rejection(threshold=1e9))
+    bundle, kept = write_bundle(tmp_path / "bundle", decision=decision), tmp_path / "kept"
+    settings = (f"keep={kept}", "keep_bytes=65536", "keep_sample=1")
+    options = [f"--setting={setting}" for setting in settings]
+
+    with serving(str(bundle), *options, *WAYS[way]) as client, ExitStack() as stack:
+        connections = open_connections(client, 12, stack)  # which reach all processes
+        for body, connection in zip(photos(12), connections, strict=True):
+            assert classify_on(body, connection) == 200
         wait_for(lambda: results(client) == {"kept": 12})
-        files = [file for file in kept.glob("*/*") if file.is_file()]
-        assert sum(4096 for file in files) <= 65_536
-        assert 7 <= len(read_records(kept)) == len(files) / 2
 
+    files = [file for file in kept.glob("*/*") if file.is_file()]
+    assert 4096 * len(files) <= 65_536
+    assert 7 <= len(read_records(kept)) == len(files) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [TWO_DEVICES, FRONT_ENDS])
+def test_processes_share_a_rate_limit_and_read_new_keys(
+    bundle_path, tmp_path, jpeg, keys, way
+) -> None:
+    with serving(str(bundle_path), "--keys", str(keys.file), *WAYS[way]) as client:
         # The requests of a key are counted together.
-        client.headers["x-api-key"] = limited
+        client.headers["x-api-key"] = keys.limited
         replies = [client.post("/v1/classify", content=jpeg) for _ in range(7)]
         assert [reply.status_code for reply in replies] == [200] * 5 + [429] * 2
         remaining = [reply.headers["ratelimit-remaining"] for reply in replies]
         assert remaining == ["4", "3", "2", "1", "0", "0", "0"]
 
         # All processes read other keys after a signal, and keep the count of those that stay.
-        new = new_key(tmp_path / "new.toml", "new")
-        text = file.read_text()
-        begin, end = (
-            text.index('[[key]]\nname = "free"'),
-            text.index('[[key]]\nname = "limited"'),
-        )
-        file.write_text(text[:begin] + text[end:] + (tmp_path / "new.toml").read_text())
+        assert set(statuses(client, keys.free, jpeg, 6)) == {200}
+        new = keys.replace_free(tmp_path)
         client.child.send_signal(signal.SIGHUP)
-        for key, code in ((free, 401), (new, 200)):
-            client.headers["x-api-key"] = key
-            wait_for(
-                lambda code=code: (
-                    {client.post("/v1/classify", content=jpeg).status_code for _ in range(6)}
-                    == {code}
-                )
-            )
+        wait_for(lambda: set(statuses(client, keys.free, jpeg, 6)) == {401})
+        wait_for(lambda: set(statuses(client, new, jpeg, 6)) == {200})
+        assert statuses(client, keys.limited, jpeg, 1) == [429]
 
-        client.headers["x-api-key"] = limited
-        assert client.post("/v1/classify", content=jpeg).status_code == 429  # as before
 
-        # The keys in use stay if the file is empty, also in processes that start now.
-        file.write_text("")
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [TWO_DEVICES, FRONT_ENDS])
+def test_the_keys_in_use_stay_if_the_file_is_empty(bundle_path, jpeg, keys, way) -> None:
+    """Also in processes that start now."""
+    with serving(str(bundle_path), "--keys", str(keys.file), *WAYS[way]) as client:
+        assert statuses(client, keys.limited, jpeg, 6)[-1] == 429
+        keys.file.write_text("")
         client.child.send_signal(signal.SIGHUP)
 
         # On a busy machine, a later process can be ready before the request.
@@ -588,5 +607,4 @@ def test_processes_share_a_rate_limit_and_a_folder_of_photos(tmp_path, jpeg, way
 
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert refused.json() == describe_error(RUNTIME_DEAD).model_dump()
-        # By a later one
-        wait_for(lambda: client.post("/v1/classify", content=jpeg).status_code == 429)
+        wait_for(lambda: statuses(client, keys.limited, jpeg, 1) == [429])

@@ -212,9 +212,13 @@ def test_a_lock_file_that_its_owner_deletes_is_created_again(
     tmp_path: Path, monkeypatch
 ) -> None:
     path, flock = tmp_path / ".lock", fcntl.flock
-    monkeypatch.setattr(
-        fcntl, "flock", lambda *values: (path.unlink(), monkeypatch.undo(), flock(*values))
-    )
+
+    def lock_after_it_was_deleted(file: int, how: int) -> None:
+        monkeypatch.undo()  # only the first time
+        path.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_after_it_was_deleted)
     lock = lock_file(path)
 
     assert os.path.samestat(os.fstat(lock.file), path.stat())

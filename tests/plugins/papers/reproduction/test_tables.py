@@ -213,6 +213,12 @@ def test_gm_sop_is_trained_as_the_paper_prints(
     assert [recipe.batch_size, *rates, recipe.epochs, recipe.schedule.milestones] == schedule
 
 
+def is_counted(row: ReproducedRow, figure: str) -> bool:
+    """Whether *figure* is one that the network of *row*, which is built, has without training."""
+    is_built = row.recipe is not None or row.reason == "counted, not trained"
+    return figure.startswith(COUNTED) and is_built
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -224,17 +230,16 @@ def test_every_row_can_be_run_and_its_counts_are_the_printed_ones(name: str) -> 
     """Counts of networks, epochs, and the cost beyond another row's."""
     table = TABLES[name]
     planned = plan(table, ReproduceOptions())
-    wrong, unexplained = set(), []
+    wrong = set()
+    unexplained = []
 
     for row in planned.rows:
-        assert row.recipe is not None or row.printed.cited or table.measures != "errors", (
-            row.reason
-        )
+        may_lack_a_recipe = row.printed.cited or table.measures != "errors"
+        assert row.recipe is not None or may_lack_a_recipe, row.reason
         assert (row.gpu_hours > 0) == (row.recipe is not None)
+
         for figure, (printed, found, note, _, mark) in row.figures.items():
-            is_built = row.recipe is not None or row.reason == "counted, not trained"
-            counted = figure.startswith(COUNTED) and is_built
-            assert (found is not None) == counted, (row.printed.id, figure)
+            assert (found is not None) == is_counted(row, figure), (row.printed.id, figure)
             tolerance = TOLERANCES.get(figure, RELATIVE.get(figure, 0.0) * printed)
             if found is not None and abs(found - printed) > tolerance:
                 wrong.add((name, row.printed.id, figure))
@@ -244,12 +249,12 @@ def test_every_row_can_be_run_and_its_counts_are_the_printed_ones(name: str) -> 
     assert wrong == {found for found in NOT_REACHED if found[0] == name}
     assert unexplained == []
 
+    # The page has the title of the table, and the notes of all rows.
     check_note(planned)
     page = html.unescape(render_page(planned))
-    assert [
-        note for row in planned.rows for note in [row.printed.note] if note not in page
-    ] == []
     assert table.title in page
+    notes = [row.printed.note for row in planned.rows if row.printed.note]
+    assert [note for note in notes if note not in page] == []
 
 
 # Of a block, not of its shortcut or a reduction of channels
