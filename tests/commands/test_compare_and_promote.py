@@ -532,12 +532,10 @@ def test_a_line_that_does_not_fit_does_not_stop_the_way_back(bundles, shelf, lin
     "changes",
     [
         {},
-        {"version": 3, "comparison": {"votes": 3}},  # of a later version
-        {
-            "anchor": "x",
-            "comparison": {"checks": [{"of": "anchor"}], "verdict": "worse"},
-        },  # 0.2
+        {"version": 3, "comparison": {"votes": 3}},
+        {"anchor": "x", "comparison": {"checks": [{"of": "anchor"}], "verdict": "worse"}},
     ],
+    ids=["of this version", "of a later one", "of 0.2"],
 )
 def test_the_way_back_reads_lines_of_other_versions(
     bundles, shelf, changes: dict[str, Any]
@@ -545,6 +543,16 @@ def test_the_way_back_reads_lines_of_other_versions(
     promote(shelf / bundles[1].name, shelf / "live")
     first, line = log_of(shelf)
     (shelf / LOG).write_text(f"{json.dumps(first)}\n{json.dumps(line | changes)}\n")
+
+    assert promote(back=shelf / "live").after == bundles[0].name
+
+
+def test_the_way_back_leaves_out_refused_moves(bundles, shelf) -> None:
+    promote(shelf / bundles[1].name, shelf / "live")
+    moved = log_of(shelf)[-1]
+    refused = moved | {"before": bundles[1].name, "refused": True}
+    with (shelf / LOG).open("a") as log:
+        log.write(f"{json.dumps(refused)}\n")
 
     assert promote(back=shelf / "live").after == bundles[0].name
 

@@ -102,6 +102,7 @@ USAGE = {
     "predict b c --explain": "--set explain=VALUE",
     "predict b c --set explan=true": "mean explain?",
     "eval b --data c --set mirror=perhaps": "--set mirror=VALUE: ",
+    "eval b --data c --set mirror=true --set mirror=perhaps": "--set mirror=VALUE: ",  # the last one
     "serve b --device cpu": "--devices",
     "serve b --zebra": "--zebra; --print-config",
     "train --threads 3": "--set threads=VALUE",

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
 
 from sopdeploy.base.plugins import RUNTIMES
 from sopdeploy.bundle.folder import Bundle, open_bundle, read_files
@@ -25,6 +26,7 @@ from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
+from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server import process
@@ -478,3 +480,13 @@ def test_a_replaced_model_is_released_though_idle_connections_stay(
         wait_for(lambda: client.get("/metrics").text.count("bundle_info{") == 1)
         for wire in idle:
             wire.close()
+
+
+def test_a_bundle_that_is_loaded_again_is_shown_until_both_have_ended(bundle) -> None:
+    metrics = Metrics()
+    is_shown = []
+    for change in (1, 1, -1, -1):
+        metrics.count_bundle("tiny", bundle, "cpu", change)
+        is_shown.append("sopdeploy_bundle_info{" in generate_latest(metrics.registry).decode())
+
+    assert is_shown == [True, True, True, False]

@@ -14,6 +14,7 @@ from sopdeploy_service.observability.metrics import Metrics
 PAST = {
     "idle": (2, [], 0.0),
     "always busy": (2, [(60, 2)], 1.0),
+    "more work than workers, half of the time": (2, [(0.25, 3), (0.25, 0)] * 120, 0.5),
     "half of them": (2, [(60, 1)], 0.5),
     "half of the time": (1, [(0.25, 1), (0.25, 0)] * 120, 0.5),
     "busy since a third of the window": (1, [(60, 0), (WINDOW / 3, 1)], 1 / 3),
