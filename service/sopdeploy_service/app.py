@@ -24,7 +24,8 @@ from sopdeploy_service.http.middleware import (
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Registry
-from sopdeploy_service.inference.service import ModelRegistry, Service
+from sopdeploy_service.inference.model_registry import ModelRegistry
+from sopdeploy_service.inference.service import Service
 from sopdeploy_service.keep import Keeper
 from sopdeploy_service.settings import Settings, is_loopback
 

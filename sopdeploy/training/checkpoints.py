@@ -46,11 +46,8 @@ from sopdeploy.training.recipe import LoopConfig, LoopRecipe, Recipe, change_rec
 from sopdeploy.training.results import AnyProcedureResult
 from sopdeploy.training.start_weights import StartReport, classifier_name
 from sopdeploy.version import __version__
-from sopdeploy.weights.checkpoint import (
-    Checkpoint,
-    TrainingRecord,
-    is_state_dict,
-)
+from sopdeploy.weights.checkpoint import Checkpoint, TrainingRecord
+from sopdeploy.weights.tensor_files import is_state_dict
 
 
 class Position(StrictModel, frozen=False):

@@ -29,10 +29,11 @@ from sopdeploy.models.timm_networks import TimmBackbone
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.loop_settings import StartConfig
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.weights.checkpoint import COUNTER, Checkpoint
+from sopdeploy.weights.checkpoint import Checkpoint
 from sopdeploy.weights.conversion import WeightFile
 from sopdeploy.weights.files import WeightPath, check_is_file, check_is_weights
 from sopdeploy.weights.import_weights import convert_weights, open_weights
+from sopdeploy.weights.tensor_files import COUNTER
 
 WeightSource = WeightPath | WeightFile | Checkpoint  # a file of weights, checked or opened
 # That networks add to a backbone

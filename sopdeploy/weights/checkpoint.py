@@ -1,21 +1,15 @@
-"""Checkpoint files (`.pt`), the interface between training and export, and weight files that users bring.
+"""Checkpoint files (`.pt`), the interface between training and export.
 
-Both are dicts of tensors, numbers, strings, lists and dicts, so `torch.load(weights_only=True)`
-reads them without running code. Writing flushes a `.partial` file, renames it and flushes the
-folder, so after a power failure either the old or the new file exists. No other module loads
-`.pt` files.
+Writing flushes a `.partial` file, renames it and flushes the folder, so after a power failure
+either the old or the new file exists.
 """
 
 import hashlib
-import io
-import pickle  # for the exception type of torch.load
-import zipfile
-from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, assert_never
+from typing import Annotated, Any, Literal, TypedDict
 
 import pydantic
 import torch
@@ -32,34 +26,32 @@ from sopdeploy.base.config import (
     version_advice,
     writer_of,
 )
-from sopdeploy.base.environment import import_optional
 from sopdeploy.base.file_systems import flush_folder
 from sopdeploy.base.files import advise_on, atomic_write, new_folder, read_file, writing
 from sopdeploy.base.names import Labels, ProjectName
 from sopdeploy.base.project import Origin
 from sopdeploy.bundle.decision import Decision
-from sopdeploy.errors import CheckpointError, ConfigError, WeightsError, first_line
+from sopdeploy.errors import CheckpointError, ConfigError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
-from sopdeploy.paths import CHECKPOINT_FORMAT, MAX_WEIGHTS_BYTES, weight_format
+from sopdeploy.paths import CHECKPOINT_FORMAT, MAX_WEIGHTS_BYTES
 from sopdeploy.version import __version__
-from sopdeploy.weights.files import WeightPath, check_is_checkpoint
-from sopdeploy.weights.pickled import PLAIN_TYPES, StoredArray, check_pickles, distinct_values
+from sopdeploy.weights.files import check_is_checkpoint
+from sopdeploy.weights.pickled import distinct_values
+from sopdeploy.weights.tensor_files import (
+    MAX_TENSORS,
+    describe_type,
+    is_dense,
+    load_plain,
+    stores_all_numbers,
+)
 
 _VERSION = 1
-WEIGHTS_ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
-_MAX_BYTES = 4 << 30  # of all tensors of such a file; the largest published one has 0.7 GB
-MAX_TENSORS = 1_000_000
-# Of a batch norm; old files lack it, and inference does not use it
-COUNTER = "num_batches_tracked"
-# Of batch norms, `AveragedModel` and packages that count operations; no output depends on them.
-COUNTERS = (COUNTER, "n_averaged", "total_ops", "total_params")
 # Numbers and parameters that a network may have while it is built, besides multiples of the file's.
 _MORE_NUMBERS = 1 << 28
 _MORE_PARAMETERS = 20_000
-MAX_TABLE_LEVELS = 3  # of dicts, as in {"checkpoint": {"model": {"conv.weight": ..}}}
 
 
 class TrainingRecord(TypedDict, total=False):
@@ -204,7 +196,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     for name in content.keys() - {"weights"}:
         for value in distinct_values(content[name]):
             if isinstance(value, Tensor) and not (
-                _is_dense(value) and _stores_all_numbers(value)
+                is_dense(value) and stores_all_numbers(value)
             ):
                 where = f"{path}: {str(name)[:80]}"
                 raise CheckpointError(
@@ -238,223 +230,6 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def load_plain(
-    path: Path, raw: bytes, advice: str = "only open checkpoints that sopdeploy wrote"
-) -> Any:
-    """Load *raw*, the content of *path*, by `torch.load(weights_only=True)`, which never runs code from it.
-
-    Raises `CheckpointError` if it is a TorchScript archive, is damaged, takes much more memory
-    than its size explains, or would run code; the message of the last ends in *advice*.
-    """
-    if _is_torchscript(raw):
-        raise CheckpointError(
-            f"{path}: a TorchScript archive, which contains code; {WEIGHTS_ADVICE}"
-        )
-
-    try:
-        _check_reading_cost(raw)
-        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        distinct_values(content)  # raises if it has too many values or levels
-        return content
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused, because it contains objects other than "
-            f"tensors, and reading it could run code; {advice}"
-        ) from error
-    except Exception as error:  # torch raises many types for damaged files
-        raise CheckpointError(
-            f"{path}: damaged or not a checkpoint; copy it again, or train again"
-        ) from error
-
-
-def _is_torchscript(raw: bytes) -> bool:
-    """Return whether *raw* is an archive of `torch.jit.save`, which stores constants beside the code."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            names = {name.partition("/")[2] for name in archive.namelist()}
-    except Exception:  # no zip archive, or a damaged one, which a later check reports
-        return False
-    return "constants.pkl" in names and "data.pkl" in names
-
-
-def _check_reading_cost(raw: bytes) -> None:
-    """Raise `ValueError` if reading *raw* may take more memory or time than its size explains."""
-    if not raw.startswith(b"PK"):
-        check_pickles(io.BytesIO(raw))
-        return
-
-    # The reader that `torch.load` uses. Another reader of zip files may find other entries: names
-    # that differ in case only, or a second list of entries.
-    reader = torch._C.PyTorchFileReader(io.BytesIO(raw))
-    if hasattr(reader, "get_record_size"):
-        size = sum(map(reader.get_record_size, reader.get_all_records()))
-    else:  # torch 2.11
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            size = sum(file.file_size for file in archive.infolist())
-
-    if size > len(raw):
-        raise ValueError("compressed or overlapping entries")
-    check_pickles(io.BytesIO(reader.get_record("data.pkl")))
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
-
-
-def _stores_all_numbers(tensor: Tensor) -> bool:
-    """Check whether the dense *tensor* has memory for all its numbers: with strides of 0 it may have less."""
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-
-
-def is_state_dict(weights: Any) -> bool:
-    """Check whether *weights* is a non-empty dict of names and tensors."""
-    if not isinstance(weights, dict) or not weights:
-        return False
-    return all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
-    )
-
-
-def read_pytorch(file: WeightPath) -> tuple[Any, str]:
-    """Read a file of torch or safetensors; returns content and sha256, raises `WeightsError`.
-
-    In a file of torch, arrays of numpy in the outer dicts become tensors.
-    """
-    path = file.path
-    try:
-        raw = read_file(path, MAX_WEIGHTS_BYTES)
-    except OSError as error:
-        raise WeightsError(f"{path}: {advise_on(error, WEIGHTS_ADVICE)}") from error
-    digest = hashlib.sha256(raw).hexdigest()
-
-    # safetensors has tensors alone, a file of torch may hold them in tables.
-    file_format = weight_format(raw[:16])
-    if file_format == "safetensors":
-        safetensors = import_optional(
-            "safetensors.torch", "safetensors", "sopdeploy[train]", WeightsError, str(path)
-        )
-        try:
-            return safetensors.load(raw), digest
-        except Exception as error:  # `SafetensorError`, of a package that is imported above
-            raise WeightsError(
-                f"{path}: damaged safetensors file ({error}); copy it again"
-            ) from error
-
-    # A file of neither format goes on, too: `load_plain` says what is wrong with it.
-    if file_format != "torch" and file_format is not None:
-        assert_never(file_format)
-
-    try:
-        with torch.serialization.safe_globals(list(PLAIN_TYPES)):
-            return _arrays_to_tensors(load_plain(path, raw, WEIGHTS_ADVICE)), digest
-    except CheckpointError as error:
-        raise WeightsError(str(error)) from error
-
-
-def _arrays_to_tensors(content: Any, levels: int = MAX_TABLE_LEVELS) -> Any:
-    """Replace the arrays of numpy in the outer *levels* of dicts by tensors, if they hold numbers."""
-    if isinstance(content, StoredArray) and content.values is not None:
-        return torch.from_numpy(content.values)
-    if isinstance(content, dict) and levels:
-        return {key: _arrays_to_tensors(value, levels - 1) for key, value in content.items()}
-    return content
-
-
-def find_tables(content: Any, levels: int = MAX_TABLE_LEVELS) -> dict[str, Mapping[str, Any]]:
-    """Find the tables of tensors in the outer *levels* of *content*, by their path of keys, "" for itself.
-
-    A table is a dict that holds a tensor; it can hold other values, too, such as the extra
-    state of a layer or the number of epochs.
-    """
-    if not isinstance(content, dict):
-        return {}
-
-    tables: dict[str, Mapping[str, Any]] = {}
-    own = {name: value for name, value in content.items() if isinstance(name, str)}
-    if any(isinstance(value, Tensor) for value in own.values()):
-        tables[""] = own
-
-    if levels > 1:
-        for key, value in content.items():
-            for path, table in find_tables(value, levels - 1).items():
-                tables[f"{key}.{path}".strip(".")] = table
-    return tables
-
-
-def find_wrappers(*tables: Iterable[str]) -> frozenset[str]:
-    """Return the parts of the names in *tables* that wrappers of modules add, such as `_orig_mod`.
-
-    DataParallel calls what it wraps `module`; torch.compile, FSDP, checkpoints of activations
-    and others use a name that begins with an underscore. A part is that of a wrapper only if it
-    stands alone wherever it occurs: no other part follows the same prefix, but for counters.
-    """
-    siblings = defaultdict[tuple[int, str], set[str]](set)
-
-    # By table and prefix, the parts that follow this prefix in the names of the table.
-    for number, names in enumerate(tables):
-        for name in names:
-            if name.endswith(COUNTERS):
-                continue
-            parts = name.split(".")
-            for depth, part in enumerate(parts):
-                siblings[number, ".".join(parts[:depth])].add(part)
-
-    alone = {part for parts in siblings.values() if len(parts) == 1 for part in parts}
-    shared = {part for parts in siblings.values() if len(parts) > 1 for part in parts}
-    return frozenset(
-        part for part in alone - shared if part == "module" or part.startswith("_")
-    )
-
-
-def without_wrappers(name: str, wrappers: Container[str]) -> str:
-    """Leave *wrappers* out of *name*, as in module.conv1.weight or features.module.0.weight."""
-    return ".".join(part for part in name.split(".") if part not in wrappers)
-
-
-def find_labels(content: Any) -> tuple[str, ...] | None:
-    """Read the class names in the order of `class_to_idx`, as torchvision's folders number them, if any."""
-    number_by_name = content.get("class_to_idx") if isinstance(content, dict) else None
-
-    if not isinstance(number_by_name, dict) or not all(
-        isinstance(name, str) for name in number_by_name
-    ):
-        return None
-
-    name_by_number = {
-        number: name for name, number in number_by_name.items() if isinstance(number, int)
-    }
-
-    if sorted(name_by_number) != list(range(len(number_by_name))):
-        return None
-    return tuple(name for _, name in sorted(name_by_number.items()))
-
-
-def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Check that the *tensors* of a weight file are dense, real and not too large in total; raises `WeightsError`.
-
-    Returns a copy of the mapping. With strides of 0, a few bytes can declare a tensor of any
-    shape.
-    """
-    total = 0
-
-    for name, tensor in tensors.items():
-        if not _is_dense(tensor) or tensor.is_complex():
-            raise WeightsError(
-                f"{path}: {name} is not a dense tensor of real numbers; save it as float32"
-            )
-        total += tensor.numel() * tensor.element_size()
-        if total > _MAX_BYTES:
-            raise WeightsError(
-                f"{path}: its tensors have more than {_MAX_BYTES >> 30} GiB, which is the limit"
-            )
-    return dict(tensors)
-
-
-def _describe_type(tensor: Tensor) -> str:
-    """Describe dtype, layout and device, such as "float32 strided on cpu"."""
-    return f"{tensor.dtype} {tensor.layout} on {tensor.device}".replace("torch.", "")
-
-
 @contextmanager
 def _limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Raise `ValueError` if the block creates many more parameters than *weights* can fill.
@@ -463,7 +238,7 @@ def _limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
     before they get values, so they take no memory yet. A network may replace some of them while it
     is built, so the limits exceed what the file has.
     """
-    stored = [tensor.untyped_storage() for tensor in weights.values() if _is_dense(tensor)]
+    stored = [tensor.untyped_storage() for tensor in weights.values() if is_dense(tensor)]
     # Tensors may share a storage, which counts once.
     bytes_by_address = {storage.data_ptr(): storage.nbytes() for storage in stored}
     left_numbers = _MORE_NUMBERS + 2 * sum(bytes_by_address.values())
@@ -528,8 +303,8 @@ def first_difference(expected: Mapping[str, Tensor], weights: Mapping[str, Tenso
         actual = weights[name]
         if actual.shape != tensor.shape:
             return f"{name} is {tuple(actual.shape)}, not {tuple(tensor.shape)}"
-        if _describe_type(actual) != _describe_type(tensor):
-            return f"{name} is {_describe_type(actual)}, not {_describe_type(tensor)}"
+        if describe_type(actual) != describe_type(tensor):
+            return f"{name} is {describe_type(actual)}, not {describe_type(tensor)}"
         if actual.is_floating_point() and not bool(torch.isfinite(actual).all()):
             return f"{name} has values that are not finite"
 

@@ -14,7 +14,8 @@ from sopdeploy.base.plugins import IMPORTERS
 from sopdeploy.errors import ConfigError, WeightsError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model, entry, make_config
-from sopdeploy.weights.checkpoint import COUNTER, first_difference
+from sopdeploy.weights.checkpoint import first_difference
+from sopdeploy.weights.tensor_files import COUNTER
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,18 +24,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import list_models
 from sopdeploy.paths import CHECKPOINT_FORMAT, TORCH_MAGIC
 from sopdeploy.version import __version__
-from sopdeploy.weights.checkpoint import (
-    WEIGHTS_ADVICE,
-    Checkpoint,
-    check_tensors,
-    find_labels,
-    find_tables,
-    find_wrappers,
-    parse_checkpoint,
-    read_pytorch,
-    without_wrappers,
-    write_checkpoint,
-)
+from sopdeploy.weights.checkpoint import Checkpoint, parse_checkpoint, write_checkpoint
 from sopdeploy.weights.class_names import read_class_names
 from sopdeploy.weights.conversion import (
     ConvertedWeights,
@@ -51,6 +40,15 @@ from sopdeploy.weights.pytorch_projects import (
     convert_gsop,
     convert_resnet,
     convert_vgg,
+)
+from sopdeploy.weights.tensor_files import (
+    WEIGHTS_ADVICE,
+    check_tensors,
+    find_labels,
+    find_tables,
+    find_wrappers,
+    read_pytorch,
+    without_wrappers,
 )
 from sopdeploy.weights.timm_files import (
     TIMM_PREFIX,

@@ -36,7 +36,7 @@ from sopdeploy_commands.predict import predict
 from sopdeploy_commands.promote import promote
 from sopdeploy_commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.inference.service import ModelRegistry
+from sopdeploy_service.inference.model_registry import ModelRegistry
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from sopdeploy_service.server.process import load_registry

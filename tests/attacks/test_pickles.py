@@ -17,9 +17,10 @@ from torch.export.pt2_archive import _package
 
 from sopdeploy.bundle.probes import read_arrays
 from sopdeploy.errors import SopdeployError
-from sopdeploy.weights.checkpoint import load_plain, read_checkpoint, read_pytorch
+from sopdeploy.weights.checkpoint import read_checkpoint
 from sopdeploy.weights.files import check_is_weights
 from sopdeploy.weights.import_weights import open_weights
+from sopdeploy.weights.tensor_files import load_plain, read_pytorch
 from tests.support.rooms import PACKAGES, ROOT
 
 MARKER = "pwned"

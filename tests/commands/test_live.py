@@ -16,7 +16,7 @@ from sopdeploy_commands.runs_page import RunRow, list_runs, write_runs_page
 from sopdeploy_commands.verify import verify
 from sopdeploy_service.inference.bundle_store import find_bundles, links_among
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.inference.service import ModelRegistry
+from sopdeploy_service.inference.model_registry import ModelRegistry
 from sopdeploy_service.settings import Settings
 from tests.support.service import write_bundle
 

@@ -8,7 +8,8 @@ import torch
 import sopdeploy
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.training.results import FewShotResult, LoopResult
-from sopdeploy.weights.checkpoint import load_plain, read_checkpoint
+from sopdeploy.weights.checkpoint import read_checkpoint
+from sopdeploy.weights.tensor_files import load_plain
 from sopdeploy_commands.verify import verify
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported

@@ -39,7 +39,8 @@ from sopdeploy.errors import (
 from sopdeploy.training.loop import run as loop_run
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import train_recipe, train_run
-from sopdeploy.weights.checkpoint import build_classifier, load_plain, read_checkpoint
+from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.weights.tensor_files import load_plain
 from sopdeploy_commands.classify import classifier, output
 from sopdeploy_commands.classify.options import ClassifyOptions
 from sopdeploy_commands.classify.run import Classified, classify

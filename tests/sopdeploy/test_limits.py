@@ -30,16 +30,11 @@ from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.recipe_files import parse_override, recipe_text
-from sopdeploy.weights.checkpoint import (
-    Checkpoint,
-    load_plain,
-    read_checkpoint,
-    read_pytorch,
-    write_checkpoint,
-)
+from sopdeploy.weights.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sopdeploy.weights.class_names import read_class_names
 from sopdeploy.weights.files import check_is_checkpoint, check_is_weights
 from sopdeploy.weights.pickled import distinct_values
+from sopdeploy.weights.tensor_files import load_plain, read_pytorch
 from sopdeploy.weights.timm_files import read_hub_config
 from sopdeploy_commands.promote import Promotion
 from sopdeploy_commands.rules import read_preprocess

@@ -26,7 +26,7 @@ from sopdeploy.bundle.manifest import FileRecord, to_json
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import LoadedModel
-from sopdeploy_service.inference.service import ModelRegistry
+from sopdeploy_service.inference.model_registry import ModelRegistry
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server.draining_server import http_config

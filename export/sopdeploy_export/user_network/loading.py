@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sopdeploy.base.nearest import did_you_mean
 from sopdeploy.errors import WeightsError, first_line, shorten
-from sopdeploy.weights.checkpoint import (
+from sopdeploy.weights.files import check_is_weights
+from sopdeploy.weights.tensor_files import (
     COUNTERS,
     WEIGHTS_ADVICE,
     check_tensors,
@@ -22,7 +23,6 @@ from sopdeploy.weights.checkpoint import (
     read_pytorch,
     without_wrappers,
 )
-from sopdeploy.weights.files import check_is_weights
 
 _MAX_PREFIXES = 1_000  # that are tried for a table
 

@@ -29,8 +29,8 @@ from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
 from sopdeploy.models.registry import CATALOG
-from sopdeploy.weights.checkpoint import check_tensors
 from sopdeploy.weights.conversion import ConvertedWeights, Importer, WeightFile
+from sopdeploy.weights.tensor_files import check_tensors
 
 # A layer of the released networks, our name of it, and that of its batch norm; our numbers are
 # one lower.

@@ -27,7 +27,8 @@ from sopdeploy_service.devices.control import Status
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.model import ImageResult, Registry
-from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage
+from sopdeploy_service.inference.model_worker import LocalModel
+from sopdeploy_service.inference.request_queue import QueuedImage
 from sopdeploy_service.inference.results import HttpError
 from sopdeploy_service.observability.busy import measure_loop
 from sopdeploy_service.server.draining_server import follow_links

@@ -23,7 +23,7 @@ from sopdeploy_service.server.sockets import bind, raise_file_limit
 from sopdeploy_service.settings import Settings
 
 if TYPE_CHECKING:  # a supervisor does not import it
-    from sopdeploy_service.inference.service import ModelRegistry
+    from sopdeploy_service.inference.model_registry import ModelRegistry
 
 MIN_FRONT_ENDS = 2
 CORES_PER_FRONT_END = 4  # all but one of them decode
@@ -112,7 +112,7 @@ def load_registry(
     finding = daemon_threads.start(partial(find_bundles, sources, read))
 
     bundles = wait_in_time(finding, "the bundles", settings)
-    from sopdeploy_service.inference.service import ModelRegistry  # noqa: PLC0415
+    from sopdeploy_service.inference.model_registry import ModelRegistry  # noqa: PLC0415
 
     loaded = {}
     for name in list(bundles):

@@ -21,8 +21,8 @@ from sopdeploy_service.devices.device_process import DeviceProcess
 from sopdeploy_service.devices.remote import DeviceChannel, RemoteModel, RemoteRegistry
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Registry
+from sopdeploy_service.inference.model_registry import ModelRegistry
 from sopdeploy_service.inference.results import DRAINING, RejectedError
-from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime

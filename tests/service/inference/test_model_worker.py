@@ -14,12 +14,8 @@ from sopdeploy.bundle.probes import Probes, read_probes
 from sopdeploy.errors import ParityError
 from sopdeploy_service.inference import loader, model_worker
 from sopdeploy_service.inference.loader import LoadedModel, replay_overlapping, warm_up
-from sopdeploy_service.inference.model_worker import (
-    LocalModel,
-    QueuedImage,
-    RequestQueue,
-    run_bisected,
-)
+from sopdeploy_service.inference.model_worker import LocalModel, run_bisected
+from sopdeploy_service.inference.request_queue import QueuedImage, RequestQueue
 from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError

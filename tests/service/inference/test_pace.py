@@ -6,8 +6,8 @@ import pytest
 
 from sopdeploy_service.decoding.pool import Request
 from sopdeploy_service.inference import pace, results
-from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue
 from sopdeploy_service.inference.pace import BatchPace, Pace, retry_after
+from sopdeploy_service.inference.request_queue import QueuedImage, RequestQueue
 from sopdeploy_service.inference.shared_children import SharedChildren
 from sopdeploy_service.observability.metrics import Metrics
 

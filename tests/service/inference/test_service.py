@@ -24,8 +24,8 @@ from sopdeploy.paths import CHECKPOINT_FORMAT
 from sopdeploy_service.inference import load_time, loader, service
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.inference.model_registry import ModelRegistry
 from sopdeploy_service.inference.results import RejectedError
-from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime

@@ -387,7 +387,7 @@ def test_a_server_ends_with_its_terminal(tmp_path, redirected) -> None:
 
 FAILS = """
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.inference.service import (Service)
+from sopdeploy_service.inference.service import Service
 async def fail(self):
     raise {error}
 Service.start = fail

@@ -35,10 +35,11 @@ from sopdeploy.training.start_weights import (
     load_start_weights,
 )
 from sopdeploy.training.train import train_recipe
-from sopdeploy.weights.checkpoint import load_plain, read_checkpoint
+from sopdeploy.weights.checkpoint import read_checkpoint
 from sopdeploy.weights.files import check_is_weights
 from sopdeploy.weights.import_weights import import_weights
 from sopdeploy.weights.published import PACKAGES
+from sopdeploy.weights.tensor_files import load_plain
 from sopdeploy.weights.timm_files import LITE
 from sopdeploy_commands.train_request import TrainOptions, configure, read_changes
 from tests.sopdeploy.training.runs import short_recipe

@@ -18,10 +18,10 @@ from sopdeploy.weights import checkpoint as module
 from sopdeploy.weights.checkpoint import (
     Checkpoint,
     build_classifier,
-    load_plain,
     read_checkpoint,
     write_checkpoint,
 )
+from sopdeploy.weights.tensor_files import load_plain
 from tests.sopdeploy.training.runs import same_bits
 
 WHERE = Path("ckpt.pt")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sopdeploy.training.distributed import join_processes
-from sopdeploy.weights.checkpoint import load_plain
+from sopdeploy.weights.tensor_files import load_plain
 from tests.sopdeploy.training.runs import few_digits, forkserver
 from tests.support.rooms import ROOT
 
