@@ -12,10 +12,16 @@ from sopdeploy.base.config import StrictModel, with_registered
 from sopdeploy.base.files import expand_user
 from sopdeploy.base.plugins import DATA_SOURCES
 from sopdeploy.base.seeds import derive_seed
-from sopdeploy.data.folders.evaluation_images import FORMER_FILES, holds_classes
 from sopdeploy.data.folders.folder import open_folder
-from sopdeploy.data.folders.libraries import has_files_of, open_cifar, open_digits, open_part
-from sopdeploy.data.photos.files import Log
+from sopdeploy.data.folders.libraries import (
+    detect_kind,
+    has_files_of,
+    open_cifar,
+    open_digits,
+    open_part,
+)
+from sopdeploy.data.photos.files import Log, list_subfolders
+from sopdeploy.data.photos.parts import FORMER_FILES, LABELS_FILE
 from sopdeploy.data.photos.photo import LabeledImages, Split, select_classes
 from sopdeploy.errors import ConfigError, DataError
 
@@ -160,7 +166,13 @@ def kind_of_folder(root: Path, kind: str) -> str:
     """
     if DATA_SOURCES.find(kind) is not None or has_files_of(kind, root):
         return kind
-    return "folder" if kind == "digits" or holds_classes(root) else kind
+    return "folder" if kind == "digits" or _holds_classes(root) else kind
+
+
+def _holds_classes(root: Path) -> bool:
+    """Tell whether the folder *root* has subfolders, a file with labels, or an official layout."""
+    has_table = (root / LABELS_FILE).is_file()
+    return bool(list_subfolders(root)) or has_table or detect_kind(root) is not None
 
 
 def open_data(config: DataConfig | DataSource) -> Split:

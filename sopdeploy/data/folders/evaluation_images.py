@@ -14,7 +14,7 @@ from sopdeploy.base.project import AS_IT_IS, FolderReading
 from sopdeploy.data.folders.causes import no_classes_error
 from sopdeploy.data.folders.class_folders import is_pattern, list_classes
 from sopdeploy.data.folders.layout import Layout, find_layout
-from sopdeploy.data.folders.libraries import detect_kind, open_part
+from sopdeploy.data.folders.libraries import open_part
 from sopdeploy.data.folders.table import check_has_classes, read_label_table
 from sopdeploy.data.photos.files import (
     Log,
@@ -22,15 +22,14 @@ from sopdeploy.data.photos.files import (
     list_subfolders,
     naming_all_undecodable,
 )
-from sopdeploy.data.photos.parts import LABELS_FILE, split_names
+from sopdeploy.data.photos.parts import FORMER_FILES, LABELS_FILE, split_names
 from sopdeploy.data.photos.photo import ImageFiles, select_classes
 from sopdeploy.data.photos.spelling import hint_at_spelling, normalize
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.images.signatures import count_suffixes, note_skipped
 
-# What runs of 0.3.0 recorded that is not read any more: tables that are not CSV files, and files beside images
+# Tables that are not CSV files: runs of 0.3.0 recorded them, and they are not read any more
 FORMER_TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml")
-FORMER_FILES = "files"
 
 
 def open_evaluation_images(
@@ -195,12 +194,6 @@ def _match_classes(
     if not len(matched):
         raise DataError(f"{where}: holds no images of these classes; add some")
     return matched
-
-
-def holds_classes(root: Path) -> bool:
-    """Tell whether the folder *root* has subfolders, a file with labels, or an official layout."""
-    has_table = (root / LABELS_FILE).is_file()
-    return bool(list_subfolders(root)) or has_table or detect_kind(root) is not None
 
 
 @cache

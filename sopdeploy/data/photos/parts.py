@@ -16,6 +16,7 @@ from sopdeploy.errors import DataError, shorten
 # Where the classes are, if each folder at the top is one, or each innermost folder
 FOLDERS = "folders"
 SUBFOLDERS = "subfolders"
+FORMER_FILES = "files"  # a file beside each image, until 0.3
 LABELS_FILE = "labels.csv"
 TRAIN = "train"
 VAL = "val"
