@@ -13,7 +13,7 @@ from sopdeploy.bundle.decision import softmax
 from sopdeploy_commands.app import app
 from sopdeploy_service.api import admission
 from sopdeploy_service.api.v2 import routes
-from sopdeploy_service.inference import model_worker, service
+from sopdeploy_service.inference import model_registry, model_worker, request_queue, service
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability.metrics import Metrics
@@ -73,7 +73,7 @@ def test_only_images_on_the_same_device_delay_an_image(
     monkeypatch.setattr(model_worker.LocalModel, "num_devices", engines)
     runtime = FakeRuntime(num_classes=7, largest_batch=1)
     loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 1.0),))
-    registry = service.ModelRegistry({"tiny": loaded}, Settings())
+    registry = model_registry.ModelRegistry({"tiny": loaded}, Settings())
     served = service.Service(registry, Settings())
     served._is_started, served.num_front_ends = True, front_ends
     cells = memoryview(bytearray(8 * len(admitted))).cast("q")
@@ -179,7 +179,7 @@ def test_a_process_with_a_gpu_has_a_decoder_per_core(
     loaded = LoadedModel(
         bundle=bundle, runtime=FakeRuntime(num_classes=7, device=device), replays={}
     )
-    registry = service.ModelRegistry({"tiny": loaded}, Settings())
+    registry = model_registry.ModelRegistry({"tiny": loaded}, Settings())
 
     assert service.Service(registry, Settings())._choose_num_decoders() == expected
 
@@ -234,14 +234,14 @@ def test_requests_that_wait_for_a_parser_have_a_deadline(serve_with, blocked, pa
 
 
 def test_a_batch_out_of_memory_is_halved_until_one_image_fails(serve_with, jpeg, monkeypatch):
-    take = model_worker.RequestQueue.take
+    take = request_queue.RequestQueue.take
 
     def take_all(queue, max_size, *, only_full=False):
         """Take the eight images at once, whenever each of them is decoded."""
         wait_for(lambda: len(queue._images) == 8 or queue.closed_with is not None)
         return take(queue, max_size, only_full=only_full)
 
-    monkeypatch.setattr(model_worker.RequestQueue, "take", take_all)
+    monkeypatch.setattr(request_queue.RequestQueue, "take", take_all)
     runtime = Failing({1: "oom", 2: "oom", 3: "oom", 4: "oom"})
     client = serve_with(runtime, max_batch=8)
     results = client.post("/v1/classify", files=[("image", jpeg)] * 8).json()["results"]

@@ -21,7 +21,7 @@ from sopdeploy.base.plugins import RUNTIMES
 from sopdeploy.bundle.folder import Bundle, open_bundle, read_files
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
 from sopdeploy.paths import CHECKPOINT_FORMAT
-from sopdeploy_service.inference import load_time, loader, service
+from sopdeploy_service.inference import load_time, loader, model_registry
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model_registry import ModelRegistry
@@ -382,7 +382,7 @@ def test_a_disk_that_hangs_does_not_block_later_reloads(
 
     async def scenario(registry: ModelRegistry) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(service, function, lambda *_, **__: gate.wait())
+            patch.setattr(model_registry, function, lambda *_, **__: gate.wait())
             patch.setattr(load_time, "load_seconds", lambda _: 0.01)
             await registry.reload([versions[1]])
 

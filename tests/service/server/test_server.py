@@ -263,11 +263,11 @@ def test_a_hanging_runtime_exits_with_70(bundle_path, jpeg) -> None:
 STUCK = """
 import threading
 from pathlib import Path
-from sopdeploy_service.inference import service
+from sopdeploy_service.inference import model_registry
 def find(*given):
     Path({begun!r}).touch()
     threading.Event().wait()
-service.find_bundles = find
+model_registry.find_bundles = find
 """
 
 
