@@ -17,7 +17,7 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import say
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.runtime.base import translating_errors
+from sopdeploy_service.runtime.base import Runtime, translating_errors
 from sopdeploy_service.settings import Settings, load_settings
 
 WARMUP_RUNS = 3
@@ -99,37 +99,10 @@ def bench(
             "; choose sizes in this range"
         )
 
-    # Noise is as slow as photographs; the first runs of a batch size only warm up.
     latencies = []
     for size in batches:
         on_step(f"timing batches of {size}")
-        shape = (size, *manifest.image_shape)
-        images = np.random.default_rng(_SEED).integers(0, 256, shape, dtype=np.uint8)
-        seconds: list[float] = []
-
-        with translating_errors(runtime):  # a large batch may need more memory than there is
-            for _ in range(WARMUP_RUNS):
-                runtime.run(images)
-            while len(seconds) < MIN_RUNS or (
-                len(seconds) < MAX_RUNS and sum(seconds) < BUDGET_SECONDS
-            ):
-                start = time.perf_counter()
-                runtime.run(images)
-                seconds.append(time.perf_counter() - start)
-
-        # Images per second follow from the median.
-        median, p95, p99 = (
-            1000 * float(value) for value in np.percentile(seconds, (50, 95, 99))
-        )
-        latency = Latency(
-            batch=size,
-            num_runs=len(seconds),
-            median_ms=median,
-            p95_ms=p95,
-            p99_ms=p99,
-            images_per_s=1000 * size / median,
-        )
-        latencies.append(latency)
+        latencies.append(time_batches(runtime, size, manifest.image_shape))
 
     return Benchmark(
         bundle=loaded.bundle.name,
@@ -141,6 +114,33 @@ def bench(
         machine=machine(),
         versions={"python": platform.python_version(), **installed(_PACKAGES)},
         latencies=tuple(latencies),
+    )
+
+
+def time_batches(runtime: Runtime, size: int, image_shape: tuple[int, int, int]) -> Latency:
+    """Time batches of *size* noise images, which are as slow as photos; raises `RuntimeUnavailableError`."""
+    images = np.random.default_rng(_SEED).integers(0, 256, (size, *image_shape), dtype=np.uint8)
+    seconds: list[float] = []
+
+    with translating_errors(runtime):  # a large batch may need more memory than there is
+        for _ in range(WARMUP_RUNS):
+            runtime.run(images)
+        while len(seconds) < MIN_RUNS or (
+            len(seconds) < MAX_RUNS and sum(seconds) < BUDGET_SECONDS
+        ):
+            start = time.perf_counter()
+            runtime.run(images)
+            seconds.append(time.perf_counter() - start)
+
+    # Images per second follow from the median.
+    median, p95, p99 = (1000 * float(value) for value in np.percentile(seconds, (50, 95, 99)))
+    return Latency(
+        batch=size,
+        num_runs=len(seconds),
+        median_ms=median,
+        p95_ms=p95,
+        p99_ms=p99,
+        images_per_s=1000 * size / median,
     )
 
 

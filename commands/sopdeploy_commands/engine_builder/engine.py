@@ -100,11 +100,10 @@ def get_engine(
     else:
         reason = cached  # why there is none
 
+    # Build the plan: from the ONNX graph or, by torch-tensorrt, from the program of the checkpoint.
     report(f"building: {reason}")
     begin = time.monotonic()
     workspace = gpu.memory // 4
-
-    # The plan: from the ONNX graph or, by torch-tensorrt, from the program of the checkpoint.
     if build_via_torch is None:
         model = cast_images_first(onnx.load_model_from_string(bundle.onnx.read()))
         graph = model.SerializeToString(deterministic=True)
@@ -112,27 +111,13 @@ def get_engine(
         plan = parse_and_build(trt, graph, profiles, workspace, report, weights)
     else:
         plan = build_via_torch(profiles[0], workspace)  # without progress
-
     seconds = round(time.monotonic() - begin, 3)
 
-    # Only an engine that passes the probes gets into the cache, or one whose error is allowed. The
-    # server runs other batch sizes, too, so the limit is twice the error, as in an export.
+    # Only an engine that passes the probes gets into the cache, or one whose error is allowed.
     report("checking outputs")
     replays = replay_probes(trt, cuda, bundle, plan, key)
-    accepted_errors: dict[str, float] = {}
-    try:
-        check_replays(replays)
-    except ParityError as error:
-        if not options.allow_numerical_error:
-            raise ParityError(
-                f"{error.message}; nothing was stored; to accept this error,",
-                remedies={"allow_numerical_error": True},
-            ) from error
-        accepted_errors = {
-            name: 2 * max(each.deviation[name] for each in replays)
-            for name, tolerance in replays[0].tolerance.items()
-            if any(each.deviation[name] > tolerance for each in replays)
-        }
+    accepted_errors = _accept_errors(replays, is_allowed=options.allow_numerical_error)
+
     record = cache.EngineRecord(
         key=key,
         plan_sha256=hashlib.sha256(plan).hexdigest(),
@@ -145,6 +130,27 @@ def get_engine(
     return EngineFile(
         path=cache.store_engine(folder, plan, record), record=record, reason=reason
     )
+
+
+def _accept_errors(replays: tuple[Replay, ...], *, is_allowed: bool) -> dict[str, float]:
+    """Return the limits of the outputs whose error exceeds their tolerance; raise `ParityError` unless *is_allowed*.
+
+    The server runs other batch sizes, too, so a limit is twice the error, as in an export.
+    """
+    try:
+        check_replays(replays)
+    except ParityError as error:
+        if not is_allowed:
+            raise ParityError(
+                f"{error.message}; nothing was stored; to accept this error,",
+                remedies={"allow_numerical_error": True},
+            ) from error
+
+    return {
+        name: 2 * max(each.deviation[name] for each in replays)
+        for name, tolerance in replays[0].tolerance.items()
+        if any(each.deviation[name] > tolerance for each in replays)
+    }
 
 
 def replay_probes(
