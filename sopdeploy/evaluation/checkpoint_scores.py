@@ -16,6 +16,7 @@ from sopdeploy.bundle.decision import Decision, sigmoid
 from sopdeploy.data.folders.evaluation_images import open_evaluation_images
 from sopdeploy.data.photos.file_checks import describe_seen
 from sopdeploy.data.photos.files import Log
+from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.errors import DataError, amount
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, fit_thresholds
 from sopdeploy.evaluation.prediction import as_evaluated, score_images
@@ -66,17 +67,8 @@ def score_checkpoint(
         log=log,
     )
 
-    # A decision for too few photographs would be chance.
-    count = len(images)
-    noun = "image"
-    if images.groups is not None:  # one image of each counts, as in a run
-        count = len(np.unique(images.groups))
-        noun = "different image"
-    if accepts is not None and not is_multi_label and count < MIN_IMAGES:
-        raise DataError(
-            f"only {amount(count, noun)}; give at least {MIN_IMAGES}", setting="fit_decision"
-        )
-
+    if accepts is not None and not is_multi_label:
+        _check_are_enough(images)
     if warning := describe_seen(images, checkpoint.image_hashes.numpy()):
         log(f"{data}: {warning}")
 
@@ -96,13 +88,11 @@ def score_checkpoint(
     )
 
     # A decision for these photographs, if one is asked for.
-    if accepts is None:
-        fitted = None
-    elif is_multi_label:  # without rejection: the fraction is not used
-        fitted = Decision(
-            activation="sigmoid", thresholds=fit_thresholds(images.targets, sigmoid(logits_NC))
-        )
-    else:
+    fitted = None
+    if accepts is not None and is_multi_label:  # without rejection: the fraction is not used
+        thresholds = fit_thresholds(images.targets, sigmoid(logits_NC))
+        fitted = Decision(activation="sigmoid", thresholds=thresholds)
+    elif accepts is not None:
         output_of_class = np.array([checkpoint.labels.index(label) for label in images.labels])
         fitted = fit_decision(
             logits_NC,
@@ -113,6 +103,20 @@ def score_checkpoint(
             groups=images.groups,
         )
     return CheckpointScores(checkpoint, images.labels, predictions, fitted)
+
+
+def _check_are_enough(images: LabeledImages) -> None:
+    """Raise `DataError` for fewer than `MIN_IMAGES`, one of each group: their decision would be chance."""
+    count = len(images)
+    noun = "image"
+    if images.groups is not None:  # one image of each counts, as in a run
+        count = len(np.unique(images.groups))
+        noun = "different image"
+
+    if count < MIN_IMAGES:
+        raise DataError(
+            f"only {amount(count, noun)}; give at least {MIN_IMAGES}", setting="fit_decision"
+        )
 
 
 def _how_images_were_read(checkpoint: Checkpoint) -> FolderReading:
