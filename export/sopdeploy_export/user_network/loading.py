@@ -1,9 +1,8 @@
 """Read the weights of a network that the user names, without running code in their file."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,16 @@ from sopdeploy.weights.tensor_files import (
     check_tensors,
     find_labels,
     find_tables,
-    find_wrappers,
     read_pytorch,
     without_wrappers,
 )
-
-_MAX_PREFIXES = 1_000  # that are tried for a table
+from sopdeploy_export.user_network.table_fit import (
+    TableFit,
+    choose_fit,
+    find_fits,
+    tensors_of,
+    with_key,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,47 +50,6 @@ class LoadedWeights:
             lines.append(f"ignored {len(self.ignored)} {entries} of the weight file: {names}")
         lines += self.conversions
         return tuple(lines)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Naming:
-    """How names of a table differ from those of a network, once *wrappers* are left out of both.
-
-    A name of the network without *added*, parts with which all its names begin, is a name of the
-    table without *prefix*.
-    """
-
-    prefix: str
-    added: str
-    wrappers: frozenset[str]
-
-    def find(self, names: Iterable[str], table: Iterable[str]) -> dict[str, str]:
-        """Map *names* of the network to their names in the *table*, without names that the table lacks."""
-        stored = {without_wrappers(name, self.wrappers): name for name in table}
-        sources = {
-            name: self.prefix + without_wrappers(name, self.wrappers).removeprefix(self.added)
-            for name in names
-        }
-        return {name: stored[source] for name, source in sources.items() if source in stored}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _TableFit:
-    """How the tensors of a table fit a network.
-
-    *sources* maps names of the network to those in the table. *missing* are names of the
-    network that the table lacks, without counters.
-    """
-
-    table: str
-    naming: _Naming
-    sources: Mapping[str, str]
-    missing: tuple[str, ...]
-
-    @property
-    def key(self) -> str:
-        """Return the value of `weights_key` that chooses this table and prefix; "." if there is neither."""
-        return ".".join(filter(None, (self.table, self.naming.prefix.rstrip(".")))) or "."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,13 +94,13 @@ def load_weights(
     weights = read_weights(file) if isinstance(file, Path) else file
     path = weights.path
     state = _own_state(network, path)
-    expected = _tensors_of(state)
+    expected = tensors_of(state)
 
     # Choose a table of the file, and the naming with which it fits the network.
     tables = dict(find_tables(weights.content))
     if not tables:
         raise WeightsError(f"{path}: contains no table of tensors; {WEIGHTS_ADVICE}")
-    fits = [fit for name in tables for fit in _find_fits(name, tables[name], expected)]
+    fits = [fit for name in tables for fit in find_fits(name, tables[name], expected)]
     joined = set[str]()  # tables that are made of others
     if all(fit.missing for fit in fits) and len(tables) > 1:
         # Each table may hold one part of the network, so try all as one. A table can have the name "".
@@ -147,9 +109,9 @@ def load_weights(
             for table_name, table in tables.items()
             for name, value in table.items()
         }
-        fits += [fit for fit in _find_fits("", tables[""], expected) if not fit.missing]
+        fits += [fit for fit in find_fits("", tables[""], expected) if not fit.missing]
         joined.add("")
-    fit = _choose_fit(path, _with_key(path, fits, key), tables, expected)
+    fit = choose_fit(path, with_key(path, fits, key), tables, expected)
     if fit.missing:
         raise _error_of_missing(path, fit, tables[fit.table], len(expected))
 
@@ -170,7 +132,7 @@ def load_weights(
         if other.table == fit.table and not other.missing
         for source in other.sources.values()
     }
-    left = {name: value for name, value in _tensors_of(ignored).items() if name not in copies}
+    left = {name: value for name, value in tensors_of(ignored).items() if name not in copies}
     inside = _tensors_inside(network, fit, left, is_joined=fit.table in joined)
     _check_patterns(path, ignore, ignored, inside)
     patterns = (*ignore, *training_only)
@@ -188,7 +150,7 @@ def load_weights(
 
 
 def _error_of_missing(
-    path: Path, fit: _TableFit, table: Mapping[str, Any], num_expected: int
+    path: Path, fit: TableFit, table: Mapping[str, Any], num_expected: int
 ) -> WeightsError:
     """Return the error of a *table* without some of the *num_expected* tensors of the network.
 
@@ -203,7 +165,7 @@ def _error_of_missing(
     used = {*fit.sources.values()}
     others = [
         name
-        for name in _tensors_of(table)
+        for name in tensors_of(table)
         if without_wrappers(name, fit.naming.wrappers).startswith(in_file) and name not in used
     ]
     if module and others:
@@ -253,67 +215,6 @@ def _in_shapes_of(
     return reshaped
 
 
-def _with_key(path: Path, fits: Sequence[_TableFit], key: str | None) -> Sequence[_TableFit]:
-    """Return those of *fits* that *key* names, all without a key; raises `WeightsError` if there is none."""
-    if key is None:
-        return fits
-
-    # *key* is the full key of a fit, or else a table or a prefix alone, which several fits can have.
-    fits_of_key = [fit for fit in fits if fit.key == key]
-    if not fits_of_key:
-        fits_of_key = [fit for fit in fits if key in (fit.table, fit.naming.prefix.rstrip("."))]
-
-    if not fits_of_key:
-        keys = dict.fromkeys(fit.key for fit in fits if fit.key != ".")
-        problem = (
-            f"has only {', '.join(keys)}" if keys else "is a single table of tensors; omit it"
-        )
-        raise WeightsError(f"{path} {problem}", setting="weights_key", value=key)
-    return fits_of_key
-
-
-def _choose_fit(
-    path: Path,
-    fits: Sequence[_TableFit],
-    tables: Mapping[str, Mapping[str, Any]],
-    expected: Mapping[str, Tensor],
-) -> _TableFit:
-    """Choose the fit without missing tensors; if there is none, the one with the most tensors.
-
-    Of several without missing tensors, only those with the shapes of *expected* count, if there are
-    any. Raises `WeightsError` if those that count take different tensors.
-    """
-    complete = [fit for fit in fits if not fit.missing]
-    if not complete:
-        return max(fits, key=lambda fit: len(fit.sources))
-
-    # The complete fits in which all shapes are right. If there are none, all complete ones count.
-    with_shapes = [
-        fit
-        for fit in complete
-        if all(
-            tables[fit.table][source].shape == expected[name].shape
-            for name, source in fit.sources.items()
-            if not name.endswith(COUNTERS)
-        )
-    ]
-
-    # Fits that take the same tensors differ in their keys only. The last one remains, whose key has
-    # most of the parts with which all names begin, such as `model.encoder` and not `model`.
-    different = {
-        (fit.table, *sorted(fit.sources.items())): fit for fit in with_shapes or complete
-    }
-    if len(different) == 1:
-        return next(iter(different.values()))
-
-    has_several_tables = len({fit.table for fit in different.values()}) > 1
-    problem = (
-        "several tables of tensors" if has_several_tables else "the network under several names"
-    )
-    keys = ", ".join(fit.key for fit in different.values())
-    raise WeightsError(f"{path}: holds {problem} ({keys})", remedies={"weights_key": None})
-
-
 def _own_state(network: nn.Module, path: Path) -> dict[str, Any]:
     """Return the state dict of *network*, as `nn.Module` and not as its own class defines it."""
     try:
@@ -322,10 +223,6 @@ def _own_state(network: nn.Module, path: Path) -> dict[str, Any]:
         raise WeightsError(
             f"{path}: the network has no state dict ({first_line(error)})"
         ) from error
-
-
-def _tensors_of(table: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in table.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -347,7 +244,7 @@ class _Inside:
 
 
 def _tensors_inside(
-    network: nn.Module, fit: _TableFit, ignored: Mapping[str, Tensor], *, is_joined: bool
+    network: nn.Module, fit: TableFit, ignored: Mapping[str, Tensor], *, is_joined: bool
 ) -> list[_Inside]:
     """List those of the *ignored* tensors of the file whose names extend the name of a module of *network*.
 
@@ -437,7 +334,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(each, pattern) for each in outer for pattern in patterns)
 
 
-def _modules_by_file_name(fit: _TableFit, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+def _modules_by_file_name(fit: TableFit, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Map the names that the file of *fit* has for modules of the network to their names in *modules*.
 
     The file names a module by what is in front of the names of its tensors. The name of the whole
@@ -484,7 +381,7 @@ def _load_and_compare(
         ) from error
 
     # The network must now have tensors of the same names.
-    loaded = _tensors_of(_own_state(network, path))
+    loaded = tensors_of(_own_state(network, path))
     missing = [name for name in tensors if name not in loaded]
     if missing:
         raise WeightsError(f"{path}: {missing[0]} is missing after loading; {advice}")
@@ -512,69 +409,3 @@ def _load_and_compare(
                 f"{path}: {name} has other values in the network after loading than "
                 f"in the file; {advice}"
             )
-
-
-def _find_fits(
-    table: str, entries: Mapping[str, Any], expected: Mapping[str, Tensor]
-) -> list[_TableFit]:
-    """List the ways in which *entries* of the table *table* have all tensors *expected*.
-
-    The file may have a prefix in front of the names of the network. Or the file is that of another
-    network that this one wraps: then it may lack the parts with which all names of this one begin.
-    If no way is complete, the list has the one with the most tensors.
-    """
-    # The names in the file, and those of the network that must be there, without wrappers.
-    stored = _tensors_of(entries)
-    wrappers = find_wrappers(expected, stored)
-    names_in_file = dict.fromkeys(without_wrappers(name, wrappers) for name in stored)
-    required = [
-        without_wrappers(name, wrappers) for name in expected if not name.endswith(COUNTERS)
-    ]
-    required = required or [""]  # a network without tensors: a name that no file has
-
-    # How many of the required names the file has, by its prefix and the first parts that it lacks.
-    num_in_file: dict[tuple[str, str], int] = {}
-    shared = _shared_parts(required)
-    for depth in range(len(shared) + 1):
-        added = "".join(f"{part}." for part in shared[:depth])
-        suffixes = [name.removeprefix(added) for name in required]
-        for prefix in _find_prefixes(names_in_file, suffixes[0]):
-            count = sum(prefix + suffix in names_in_file for suffix in suffixes)
-            num_in_file[prefix, added] = count
-
-    # All complete ways, or else the one with the most tensors.
-    complete = [way for way, count in num_in_file.items() if count == len(required)]
-    closest = max(num_in_file, key=num_in_file.__getitem__)
-    fits = []
-    for prefix, added in complete or [closest]:
-        naming = _Naming(prefix=prefix, added=added, wrappers=wrappers)
-        sources = naming.find(expected, stored)
-        missing = [
-            name for name in expected if name not in sources and not name.endswith(COUNTERS)
-        ]
-        fits.append(
-            _TableFit(table=table, naming=naming, sources=sources, missing=tuple(missing))
-        )
-
-    return fits
-
-
-def _find_prefixes(names_in_file: Iterable[str], name: str) -> list[str]:
-    """List the prefixes, such as `model.`, that *names_in_file* may have in front of *name*.
-
-    The first is "", then come at most `_MAX_PREFIXES` others.
-    """
-    prefixes = (
-        name_in_file.removesuffix(name)
-        for name_in_file in names_in_file
-        if f".{name_in_file}".endswith(f".{name}")
-    )
-    others = [prefix for prefix in dict.fromkeys(prefixes) if prefix]
-    return ["", *others[:_MAX_PREFIXES]]
-
-
-def _shared_parts(names: Sequence[str]) -> list[str]:
-    """List the parts, without the last one, with which all dotted *names* begin."""
-    parts_by_depth = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    shared = takewhile(lambda parts: len(set(parts)) == 1, parts_by_depth)
-    return [parts[0] for parts in shared]
