@@ -22,8 +22,8 @@ from sopdeploy.bundle.manifest import Precision
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.weights.checkpoint import Checkpoint, write_checkpoint
+from sopdeploy_export.export_checkpoint import export_checkpoint
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export_checkpoint
 
 CLASSES = tuple(f"class {number}" for number in range(1000))
 CALIBRATION = 64

@@ -80,7 +80,7 @@ def engine(
     # `EngineOptions` has a checkpoint with torch-tensorrt only.
     check_is_checkpoint(options.checkpoint)
     from sopdeploy_commands.engine_builder.from_program import build_from_program
-    from sopdeploy_export.pipeline import rebuild_program
+    from sopdeploy_export.export_checkpoint import rebuild_program
 
     read_program = partial(rebuild_program, options.checkpoint, opened_bundle.manifest)
     return get_engine(

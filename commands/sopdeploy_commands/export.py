@@ -130,7 +130,7 @@ def export(
     if source.network is not None:
         return _export_weights(path, out, source, options, on_step)
     from sopdeploy_commands.runs_page import write_runs_page
-    from sopdeploy_export.pipeline import export_checkpoint
+    from sopdeploy_export.export_checkpoint import export_checkpoint
 
     exported = export_checkpoint(path, out, options=options, on_step=on_step)
     if RUNS.is_dir():

@@ -57,7 +57,7 @@ class Detachment:
 class ExportSubject:
     """A trained network to export.
 
-    `pipeline.export_checkpoint` creates one from a checkpoint, `export_network` from any
+    `export_checkpoint` creates one from a checkpoint, `export_network` from any
     network.
 
     Attributes:

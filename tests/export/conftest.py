@@ -14,9 +14,9 @@ from sopdeploy.models.gmsop import GatedResNet
 from sopdeploy.models.registry import create_model
 from sopdeploy.weights.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.export_checkpoint import export_checkpoint
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
-from sopdeploy_export.pipeline import export_checkpoint
 from tests.export.once import proving_once
 from tests.support import quick_torch
 

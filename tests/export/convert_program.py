@@ -15,7 +15,7 @@ import torch
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy_commands.engine_builder.from_program import build_from_program
-from sopdeploy_export.pipeline import rebuild_program
+from sopdeploy_export.export_checkpoint import rebuild_program
 from sopdeploy_service.runtime.tensorrt_cache import Profile
 
 DEVICE: dict[str, Any] = {

@@ -25,12 +25,11 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.weights.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy_commands.verify import verify
-from sopdeploy_export import pipeline
 from sopdeploy_export.capture.deployed import Deployed, generated_images
+from sopdeploy_export.export_checkpoint import export_checkpoint
 from sopdeploy_export.last_layer import fold_temperature
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
-from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.settings import Settings
 from tests.export.conftest import GMGAP, LABELS, save, trained
 from tests.export.once import proving_once
@@ -130,7 +129,9 @@ def test_the_time_of_an_export_contains_its_run_and_its_capture(
 ) -> None:
     # Each step takes 100 s of this clock.
     passed = [0.0]
-    monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: passed[0]))
+    clock = SimpleNamespace(monotonic=lambda: passed[0])
+    for module in ("export_checkpoint", "pipeline"):
+        monkeypatch.setattr(f"sopdeploy_export.{module}.time", clock)
     steps: list[str] = []
 
     def begin(step: str) -> None:

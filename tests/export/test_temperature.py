@@ -29,9 +29,9 @@ from sopdeploy_commands.scores import scores_of_bundle
 from sopdeploy_commands.verify import verify
 from sopdeploy_export import last_layer
 from sopdeploy_export.capture.deployed import Deployed
+from sopdeploy_export.export_checkpoint import export_checkpoint
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
-from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.program_hashes import tensor_hash
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.inference.loader import load_model

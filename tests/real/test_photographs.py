@@ -11,9 +11,9 @@ from sopdeploy.training.results import FewShotResult, LoopResult
 from sopdeploy.weights.checkpoint import read_checkpoint
 from sopdeploy.weights.tensor_files import load_plain
 from sopdeploy_commands.verify import verify
+from sopdeploy_export.export_checkpoint import export_checkpoint
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
-from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.settings import Settings
 from tests.real.conftest import LITE0
 

@@ -23,6 +23,7 @@ from sopdeploy_export.capture.deployed import (
     output_names,
 )
 from sopdeploy_export.capture.program import capture_any_batch
+from sopdeploy_export.export_checkpoint import export_checkpoint
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.precision import (
     NO_IMAGES,
@@ -33,7 +34,6 @@ from sopdeploy_export.lower.precision import (
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
-from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.prove.file import FileContent, ParityReport, prove_file
 from sopdeploy_export.prove.graphs import prove_graph
 from sopdeploy_export.prove.images import run_file

@@ -18,10 +18,10 @@ from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
 from sopdeploy.models.registry import CATALOG, entry
 from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.export_checkpoint import export_checkpoint
 from sopdeploy_export.lower.float16 import float32_parts
 from sopdeploy_export.lower.int8 import Int8Quantizer
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export_checkpoint
 from tests.sopdeploy.training.small_recipes import few_blocks
 from tests.support.gpu_graphs import accepted
 from tests.support.slow import mostly_slow

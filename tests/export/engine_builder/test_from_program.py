@@ -30,9 +30,9 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.weights.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy_commands.engine import engine
 from sopdeploy_commands.engine_builder.from_program import build_from_program
+from sopdeploy_export.export_checkpoint import export_checkpoint, rebuild_program
 from sopdeploy_export.options import EngineOptions, ExportOptions
 from sopdeploy_export.pack.results import Exported
-from sopdeploy_export.pipeline import export_checkpoint, rebuild_program
 from sopdeploy_service.runtime.tensorrt_cache import Profile
 from tests.export.conftest import LABELS, PREPROCESS, export_once, save, trained
 from tests.export.once import proving_once

@@ -22,8 +22,8 @@ from sopdeploy_commands.app import app
 from sopdeploy_commands.predict import predict
 from sopdeploy_commands.scores import scores_of_bundle
 from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.export_checkpoint import export_checkpoint
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.export.once import proving_once
