@@ -12,9 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sopdeploy.data.augment import Augmentation
 from sopdeploy.layers.pooling.registry import Pooling
-from sopdeploy.training.loop_settings import OptimizerConfig
-from sopdeploy.training.recipe import AnyProcedureConfig
-from sopdeploy.training.schedules import Schedule
+from sopdeploy.training.settings.loop import OptimizerConfig
+from sopdeploy.training.settings.recipe import AnyProcedureConfig
+from sopdeploy.training.settings.schedules import Schedule
 from sopdeploy_export.prove.certificate import STATEMENTS
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.pages import merge_metrics

@@ -135,7 +135,7 @@ def allow_random_features(monkeypatch: pytest.MonkeyPatch) -> None:
     They do not tell copies, so that only nearly equal images are copies; `few_shot/test_groups.py` tests the cosine.
     """
     monkeypatch.setattr(
-        "sopdeploy.training.checkpoints.Setup.name_random_frozen_parts", lambda _: ""
+        "sopdeploy.training.records.checkpoints.Setup.name_random_frozen_parts", lambda _: ""
     )
     monkeypatch.setattr("sopdeploy.data.photos.copies.COPY", 2.0)
 

@@ -268,7 +268,7 @@ WITHOUT: dict[
         *("sopdeploy_service.server.process", "sopdeploy_service.app"),
     ): HEAVY,
     ("sopdeploy_commands.app",): ("importlib.metadata", "rich", "pydantic", "numpy", "fastapi"),
-    ("sopdeploy.models.registry", "sopdeploy.training.recipe"): ("torch", "timm"),
+    ("sopdeploy.models.registry", "sopdeploy.training.settings.recipe"): ("torch", "timm"),
     ("sopdeploy_service.devices.supervisor",): ("numpy", "fastapi"),
 }
 

@@ -18,7 +18,7 @@ from sopdeploy.bundle.decision import Answer
 from sopdeploy.bundle.http_api import Classes, Query
 from sopdeploy.data.augment import Augmentation
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.training.recipe import LoopRecipe
+from sopdeploy.training.settings.recipe import LoopRecipe
 from sopdeploy_commands.classify.classifier import COLUMNS
 from sopdeploy_commands.classify.run import CsvRow
 from sopdeploy_service.decoding import child

@@ -20,7 +20,7 @@ from sopdeploy.errors import DataError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.loop.optimizer import create_optimizer
 from sopdeploy.training.procedure import select_procedure
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from tests.docs.reading import module_at, text_of
 from tests.support.rooms import PACKAGES, ROOT
 from tests.sweep.smallest import POOLINGS

@@ -365,8 +365,8 @@ def _suggest_option(name: str, command: Any) -> str:
     elif keys:
         assignments = {key: f"{assign} {key}=VALUE" for key in keys}
     elif "set" in options:
-        from sopdeploy.training.recipe import recipe_keys
-        from sopdeploy.training.recipe_files import SELECTORS
+        from sopdeploy.training.settings.recipe import recipe_keys
+        from sopdeploy.training.settings.recipe_files import SELECTORS
 
         assignments = {
             key: f"{assign} {SELECTORS.get(key, key)}=VALUE" for key in recipe_keys()

@@ -9,7 +9,7 @@ import pydantic
 from sopdeploy.base.config import Options
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import print_field
-from sopdeploy.training.recipe_files import parse_override
+from sopdeploy.training.settings.recipe_files import parse_override
 from sopdeploy.weights.files import check_is_weights
 
 if TYPE_CHECKING:

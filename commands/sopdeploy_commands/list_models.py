@@ -11,7 +11,7 @@ from rich.text import Text
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import out, print_table, say
 from sopdeploy.errors import ConfigError
-from sopdeploy.training.recipe_files import parse_override
+from sopdeploy.training.settings.recipe_files import parse_override
 
 if TYPE_CHECKING:
     from sopdeploy.models.describe import Description

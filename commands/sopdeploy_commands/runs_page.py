@@ -133,7 +133,7 @@ def read_run(best: Path) -> tuple[str, RunRow]:
 
     If the checkpoint cannot be read or has no id, the name of its folder takes the place of the id.
     """
-    from sopdeploy.training.summary import RunSummary, read_summary, training_rows
+    from sopdeploy.training.records.summary import RunSummary, read_summary, training_rows
 
     # Runs of 0.2.0 and before have no summary, so their checkpoints are read.
     name = best.parent.name

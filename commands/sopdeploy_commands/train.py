@@ -14,7 +14,7 @@ from sopdeploy.cli.command import as_data, command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, print_json, print_table, say
 from sopdeploy.errors import ConfigError, amount
 from sopdeploy.models.families import PAGE, find_family, names_of_family
-from sopdeploy.training.recipe_files import list_recipes, recipe_text
+from sopdeploy.training.settings.recipe_files import list_recipes, recipe_text
 from sopdeploy_commands.train_dry_run import check_images, print_report, print_wrong_labels
 from sopdeploy_commands.train_request import TrainOptions, read_request
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from sopdeploy.data.folders.check import DataReport
     from sopdeploy.report.wrong_labels import WrongLabel
     from sopdeploy.training.callback import Callback, WarningRecord
-    from sopdeploy.training.checkpoints import Setup
-    from sopdeploy.training.recipe import Recipe
-    from sopdeploy.training.results import ClassScore
+    from sopdeploy.training.records.checkpoints import Setup
+    from sopdeploy.training.records.results import ClassScore
+    from sopdeploy.training.settings.recipe import Recipe
     from sopdeploy.training.setup import Given
     from sopdeploy.training.train import FinishedRun, TrainingResult
     from sopdeploy.weights.checkpoint import Checkpoint
@@ -53,7 +53,10 @@ def _show(result: "TrainingResult | DataReport | list[WrongLabel]", *, as_json: 
 
 def print_result(result: "TrainingResult") -> None:
     """Print a table of the classes, the score, the decision, the report and the next command."""
-    from sopdeploy.training.results import describe_notes, insert_folders  # imports numpy
+    from sopdeploy.training.records.results import (  # imports numpy
+        describe_notes,
+        insert_folders,
+    )
 
     _print_classes(result.classes)
 
@@ -225,7 +228,7 @@ def _train_in_folder(
     """Train *recipe* in *out* or, without it, in the next folder `runs/NAME-N`; return the run and its folder."""
     from sopdeploy.training import tensorboard
     from sopdeploy.training.distributed import Strategy, TrainingStoppedError, select_device
-    from sopdeploy.training.run_folder import numbered_folder
+    from sopdeploy.training.records.run_folder import numbered_folder
     from sopdeploy.training.train import train_run
 
     resume = options.resumes
@@ -262,7 +265,7 @@ def _train_in_folder(
 
 def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
     """Say what the run *before* reached, and what *setup* adds; empty if it is not known."""
-    from sopdeploy.training.results import read_result  # imports numpy
+    from sopdeploy.training.records.results import read_result  # imports numpy
 
     result_before = read_result(before.training)
     origin = before.origin

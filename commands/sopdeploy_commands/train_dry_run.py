@@ -11,7 +11,7 @@ import pydantic
 from sopdeploy.base.config import first_problem
 from sopdeploy.cli.console import print_table, say
 from sopdeploy.errors import ConfigError, amount, shorten
-from sopdeploy.training.recipe_files import parse_override
+from sopdeploy.training.settings.recipe_files import parse_override
 
 if TYPE_CHECKING:
     from sopdeploy.data.folders.check import DataReport, Duplicates

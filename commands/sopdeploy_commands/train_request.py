@@ -16,11 +16,11 @@ from sopdeploy.data.photos.files import ANY_IMAGES, data_folder
 from sopdeploy.data.photos.outputs import check_takes_output
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.paths import describe_wrong, what_is
-from sopdeploy.training.recipe_files import parse_override, read_values, select_by_name
+from sopdeploy.training.settings.recipe_files import parse_override, read_values, select_by_name
 from sopdeploy.weights.files import WeightPath, check_is_weights
 
 if TYPE_CHECKING:
-    from sopdeploy.training.recipe import Recipe
+    from sopdeploy.training.settings.recipe import Recipe
     from sopdeploy.training.setup import Given
     from sopdeploy.training.start_weights import WeightSource
     from sopdeploy.weights.checkpoint import Checkpoint
@@ -236,7 +236,7 @@ def read_previous(source: Path) -> "Checkpoint":
     checkpoint is not of a run, and the errors of `read_checkpoint`.
     """
     from sopdeploy.bundle.folder import read_manifest
-    from sopdeploy.training.results import read_result
+    from sopdeploy.training.records.results import read_result
     from sopdeploy.weights.checkpoint import read_checkpoint
 
     run = source
@@ -275,8 +275,8 @@ def configure(
     is known of its run, without its images. Raises `ConfigError` if a value is invalid, and
     `WeightsError` for a weight file that cannot be read.
     """
-    from sopdeploy.training.head_settings import HeadOptions
-    from sopdeploy.training.recipe import change_recipe, flatten
+    from sopdeploy.training.settings.head import HeadOptions
+    from sopdeploy.training.settings.recipe import change_recipe, flatten
     from sopdeploy.training.setup import Given
     from sopdeploy.weights.conversion import WeightFile
     from sopdeploy.weights.import_weights import network_of_weights, open_weights

@@ -55,11 +55,10 @@ from sopdeploy.html.report import (
     render,
 )
 from sopdeploy.report.wrong_labels import list_wrong_labels
-from sopdeploy.training.checkpoints import Fit, Setup
 from sopdeploy.training.diagnostics import EpochRow, history_curve
 from sopdeploy.training.few_shot.state import FewShotFit
-from sopdeploy.training.recipe import flatten
-from sopdeploy.training.results import (
+from sopdeploy.training.records.checkpoints import Fit, Setup
+from sopdeploy.training.records.results import (
     LIST_WRONG_LABELS,
     AnyProcedureResult,
     ClassScore,
@@ -68,6 +67,7 @@ from sopdeploy.training.results import (
     describe_notes,
     insert_folders,
 )
+from sopdeploy.training.settings.recipe import flatten
 from sopdeploy.training.train import FinishedRun, describe_problem
 
 PAGE = "report.html"

@@ -15,9 +15,9 @@ from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.label_doubts import find_label_doubts, find_suspects
 from sopdeploy.paths import describe_wrong
-from sopdeploy.training.checkpoints import has_same_images, read_recorded_recipe
 from sopdeploy.training.division import open_division
 from sopdeploy.training.few_shot.state import read_copies, read_label_logits
+from sopdeploy.training.records.checkpoints import has_same_images, read_recorded_recipe
 from sopdeploy.weights.checkpoint import read_checkpoint
 
 

@@ -8,7 +8,7 @@ from sopdeploy.errors import ConfigError, describe_known, is_memory_exhausted
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.settings.recipe import Recipe
 
 
 def move_to_device(recipe: Recipe, model: Classifier, strategy: Strategy) -> Classifier:

@@ -29,7 +29,7 @@ from sopdeploy.base.environment import is_distributed, launcher_number
 from sopdeploy.data.batches import count_batches
 from sopdeploy.errors import ConfigError, TrainingError
 from sopdeploy.evaluation.prediction import ProcessGroup
-from sopdeploy.training.loop_settings import StepSettings
+from sopdeploy.training.settings.loop import StepSettings
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -24,11 +24,11 @@ from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.evaluation.metrics import NO_IMAGES
 from sopdeploy.training.callback import Callback
-from sopdeploy.training.checkpoints import read_held_out, read_left_out
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.head_settings import FewShotConfig, FineTuneConfig
 from sopdeploy.training.procedure import select_procedure
-from sopdeploy.training.recipe import LoopConfig, Recipe
+from sopdeploy.training.records.checkpoints import read_held_out, read_left_out
+from sopdeploy.training.settings.head import FewShotConfig, FineTuneConfig
+from sopdeploy.training.settings.recipe import LoopConfig, Recipe
 from sopdeploy.weights.checkpoint import Checkpoint
 
 ONE_GROUP = (

@@ -42,7 +42,6 @@ from sopdeploy.models.second_order_head import (
     tuned_name,
 )
 from sopdeploy.training.callback import Callback
-from sopdeploy.training.checkpoints import Fit, Setup, read_resumed, run_record
 from sopdeploy.training.device import move_to_device
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.few_shot.cross_validation import weights_in_means
@@ -51,8 +50,9 @@ from sopdeploy.training.few_shot.run import fit_branch, fit_new, with_decision
 from sopdeploy.training.few_shot.state import FewShotFit, read_few_shot_fit
 from sopdeploy.training.loop.run import fit_loop
 from sopdeploy.training.loop.state import LoopState, last_loop_record, read_frozen, restore_loop
-from sopdeploy.training.results import LoopResult, Tuning
-from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.records.checkpoints import Fit, Setup, read_resumed, run_record
+from sopdeploy.training.records.results import LoopResult, Tuning
+from sopdeploy.training.records.run_folder import RunFolder
 from sopdeploy.weights.checkpoint import Checkpoint, build_classifier
 
 

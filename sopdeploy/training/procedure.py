@@ -7,8 +7,8 @@ import torch
 from sopdeploy.errors import ConfigError, shorten
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
-from sopdeploy.training.head_settings import FewShotConfig, HeadOptions
-from sopdeploy.training.recipe import (
+from sopdeploy.training.settings.head import FewShotConfig, HeadOptions
+from sopdeploy.training.settings.recipe import (
     AnyProcedureConfig,
     AutoConfig,
     FewShotRecipe,

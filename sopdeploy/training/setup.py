@@ -20,13 +20,6 @@ from sopdeploy.images.limits import EXTRAS, missing_extra
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.callback import Callback
-from sopdeploy.training.checkpoints import (
-    Setup,
-    has_same_images,
-    read_left_out,
-    read_recorded_recipe,
-    read_resumed,
-)
 from sopdeploy.training.device import move_to_device
 from sopdeploy.training.distributed import Strategy, check_batch_size
 from sopdeploy.training.division import (
@@ -38,7 +31,15 @@ from sopdeploy.training.division import (
     leave_out_seen,
 )
 from sopdeploy.training.procedure import LOOP_INSTEAD, select_procedure
-from sopdeploy.training.recipe import (
+from sopdeploy.training.records.checkpoints import (
+    Setup,
+    has_same_images,
+    read_left_out,
+    read_recorded_recipe,
+    read_resumed,
+)
+from sopdeploy.training.records.run_folder import RunFolder
+from sopdeploy.training.settings.recipe import (
     AutoConfig,
     FewShotRecipe,
     LoopConfig,
@@ -47,7 +48,6 @@ from sopdeploy.training.recipe import (
     change_recipe,
     check_same_recipe,
 )
-from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
     WeightSource,
     complete_preprocess,

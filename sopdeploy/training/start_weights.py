@@ -27,8 +27,8 @@ from sopdeploy.models.registry import CatalogModel, create_model, entry, make_co
 from sopdeploy.models.second_order_head import POOLED_HEAD, without_head
 from sopdeploy.models.timm_networks import TimmBackbone
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.loop_settings import StartConfig
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.settings.loop import StartConfig
+from sopdeploy.training.settings.recipe import Recipe
 from sopdeploy.weights.checkpoint import Checkpoint
 from sopdeploy.weights.conversion import WeightFile
 from sopdeploy.weights.files import WeightPath, check_is_file, check_is_weights

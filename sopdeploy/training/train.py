@@ -19,11 +19,11 @@ from sopdeploy.data.photos.file_checks import leave_out_unreadable, unreadable_i
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import ThresholdMetrics
 from sopdeploy.training.callback import Callback, WarningRecord
-from sopdeploy.training.checkpoints import Fit, Setup, read_warnings
 from sopdeploy.training.distributed import Strategy, select_device
-from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.results import AnyProcedureResult, ClassScore, LoopResult
-from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.records.checkpoints import Fit, Setup, read_warnings
+from sopdeploy.training.records.results import AnyProcedureResult, ClassScore, LoopResult
+from sopdeploy.training.records.run_folder import RunFolder
+from sopdeploy.training.settings.recipe import Recipe
 from sopdeploy.training.setup import NOTHING_GIVEN, Given, open_images, set_up_run
 from sopdeploy.training.start_weights import StartReport
 from sopdeploy.weights.checkpoint import Checkpoint

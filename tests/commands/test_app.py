@@ -32,7 +32,7 @@ from sopdeploy.cli.console import (
 )
 from sopdeploy.models.registry import CATALOG, FAMILIES
 from sopdeploy.report.wrong_labels import WrongLabel
-from sopdeploy.training.recipe_files import list_recipes
+from sopdeploy.training.settings.recipe_files import list_recipes
 from sopdeploy_commands import env
 from sopdeploy_commands.app import app
 

@@ -34,7 +34,7 @@ from sopdeploy.evaluation.predictions import describe_predictions
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.settings.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights.checkpoint import (
     Checkpoint,

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import sopdeploy
 from sopdeploy.errors import ConfigError, DataError, command_line_option
-from sopdeploy.training.recipe import change_recipe, flatten
-from sopdeploy.training.recipe_files import read_values
+from sopdeploy.training.settings.recipe import change_recipe, flatten
+from sopdeploy.training.settings.recipe_files import read_values
 from sopdeploy_commands.app import app
 from sopdeploy_commands.train_request import TrainOptions, configure, read_changes
 from tests.support.service import picture_bytes, write_bundle

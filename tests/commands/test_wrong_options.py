@@ -42,7 +42,7 @@ EARLY_MISTAKES = {
 # import.
 IN_FORKS = """
 import json, os, sys
-import sopdeploy.cli.command, sopdeploy.data.folders.folder, sopdeploy.training.recipe
+import sopdeploy.cli.command, sopdeploy.data.folders.folder, sopdeploy.training.settings.recipe
 import sopdeploy_commands.export, sopdeploy_commands.train
 from sopdeploy_commands.app import main
 assert "torch" not in sys.modules

@@ -7,7 +7,7 @@ import torch
 
 import sopdeploy
 from sopdeploy.bundle.manifest import Int8For
-from sopdeploy.training.results import FewShotResult, LoopResult
+from sopdeploy.training.records.results import FewShotResult, LoopResult
 from sopdeploy.weights.checkpoint import read_checkpoint
 from sopdeploy.weights.tensor_files import load_plain
 from sopdeploy_commands.verify import verify

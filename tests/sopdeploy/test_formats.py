@@ -37,7 +37,7 @@ from sopdeploy.errors import (
     SopdeployError,
 )
 from sopdeploy.training.loop import run as loop_run
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy.training.train import train_recipe, train_run
 from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.weights.tensor_files import load_plain

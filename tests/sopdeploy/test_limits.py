@@ -28,8 +28,8 @@ from sopdeploy.data.folders.table import read_label_table
 from sopdeploy.data.photos.any_images import open_any_images
 from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.recipe_files import parse_override, recipe_text
+from sopdeploy.training.settings.recipe import read_recipe
+from sopdeploy.training.settings.recipe_files import parse_override, recipe_text
 from sopdeploy.weights.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sopdeploy.weights.class_names import read_class_names
 from sopdeploy.weights.files import check_is_checkpoint, check_is_weights
@@ -467,7 +467,7 @@ def read_bytes_calls(file: Path) -> list[str]:
 UNLIMITED = {
     # Files of a package.
     "html/report.py", "models/describe.py", "folders/evaluation_images.py",
-    "reproduction/tables.py", "training/recipe_files.py", "few_shot/cache.py",
+    "reproduction/tables.py", "settings/recipe_files.py", "few_shot/cache.py",
     "api/web.py",
     # Files of the kernel.
     "base/environment.py", "decoding/child.py", "runtime/device_memory.py", "observability/busy.py",

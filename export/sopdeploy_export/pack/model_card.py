@@ -18,7 +18,7 @@ from sopdeploy.html.report import (
     sanitize,
 )
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.training.summary import training_rows
+from sopdeploy.training.records.summary import training_rows
 from sopdeploy_export.pack.results import Exported, ExportResults
 from sopdeploy_export.prove.certificate import EXPLAINED
 from sopdeploy_export.subject import ExportSubject

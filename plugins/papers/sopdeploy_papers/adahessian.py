@@ -14,7 +14,7 @@ from torch import Tensor
 from sopdeploy.base.config import Positive
 from sopdeploy.base.seeds import derive_seed
 from sopdeploy.training.loop.optimizer import AddOverProcesses, CurvatureOptimizer, Parameters
-from sopdeploy.training.loop_settings import Betas, RegisteredOptimizer
+from sopdeploy.training.settings.loop import Betas, RegisteredOptimizer
 
 
 class AdaHessianConfig(RegisteredOptimizer):

@@ -13,7 +13,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import TrainingOutput
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop.losses import Teacher, training_loss
-from sopdeploy.training.loop_settings import TeacherConfig
+from sopdeploy.training.settings.loop import TeacherConfig
 
 
 class JointTeacher(Teacher):

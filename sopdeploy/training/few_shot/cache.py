@@ -22,7 +22,7 @@ from sopdeploy.base.environment import installed
 from sopdeploy.base.files import features_folder, read_checked, write_checked
 from sopdeploy.data.photos.copies import SMALL
 from sopdeploy.models.second_order_head import POOLED_HEAD, SecondOrderHead
-from sopdeploy.training.head_settings import FeatureSettings
+from sopdeploy.training.settings.head import FeatureSettings
 
 Entry = list[NDArray[Any]]
 LIMIT_BYTES = 10**9  # about 6,000 photographs of EfficientNet-Lite0

@@ -39,7 +39,7 @@ from sopdeploy.training.few_shot.targets import (
     count_groups,
     divide_groups,
 )
-from sopdeploy.training.head_settings import FeatureSettings, HeadOptions
+from sopdeploy.training.settings.head import FeatureSettings, HeadOptions
 
 # Below this number of groups, temperature and cosines come from three cross-validations: the
 # threshold is one of the lowest cosines, which other folds change.

@@ -16,7 +16,7 @@ from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.classifier import unit_length
 from sopdeploy.training.few_shot.features import CachedNetwork, full_head
 from sopdeploy.training.few_shot.groups import group_by_features
-from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.settings.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import create_initial_model
 from sopdeploy.weights.published import find_lite_weights
 

@@ -12,14 +12,14 @@ from sopdeploy.data.photos.copies import number_classes
 from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
-from sopdeploy.training.checkpoints import Setup
 from sopdeploy.training.few_shot.cross_validation import (
     CrossValidation,
     select_typical,
 )
 from sopdeploy.training.few_shot.learning import estimate_gains
 from sopdeploy.training.few_shot.targets import Array, Indices, count_groups
-from sopdeploy.training.results import FewShotResult
+from sopdeploy.training.records.checkpoints import Setup
+from sopdeploy.training.records.results import FewShotResult
 
 MAX_COPIES = 10  # of a photograph with different labels, all of which are named
 # Share and number of the images of a class that chance takes for another one

@@ -30,7 +30,7 @@ from sopdeploy.training.few_shot.classifier import (
     Space,
     unit_length,
 )
-from sopdeploy.training.head_settings import FeatureSettings
+from sopdeploy.training.settings.head import FeatureSettings
 
 # channels of the covariances, and number of feature maps
 WIDTH = 64

@@ -22,9 +22,9 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.training.device import move_to_device
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.features import CachedNetwork, average_views, full_head
-from sopdeploy.training.head_settings import FeatureSettings
 from sopdeploy.training.procedure import has_head
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.settings.head import FeatureSettings
+from sopdeploy.training.settings.recipe import Recipe
 from sopdeploy.training.start_weights import WeightSource, create_initial_model
 
 

@@ -10,7 +10,7 @@ from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearProblem
 from sopdeploy.training.few_shot.discriminant import Moments
 from sopdeploy.training.few_shot.scaling import ENOUGH, Scaling
 from sopdeploy.training.few_shot.targets import Indices
-from sopdeploy.training.results import Gain
+from sopdeploy.training.records.results import Gain
 
 MIN_JUDGED = 20  # photographs; a share of fewer says little
 MAX_REDUCED = 20  # classes, at random

@@ -36,7 +36,6 @@ from sopdeploy.evaluation.prediction import (
 )
 from sopdeploy.models.second_order_head import PooledHead, SecondOrderHead, head_name
 from sopdeploy.training.callback import Callback, ExpectedTime
-from sopdeploy.training.checkpoints import Position, Setup, run_record
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import (
     SignalState,
@@ -63,9 +62,10 @@ from sopdeploy.training.few_shot.state import (
     read_few_shot_fit,
 )
 from sopdeploy.training.few_shot.targets import Array, Targets
-from sopdeploy.training.head_settings import FeatureSettings, HeadOptions
 from sopdeploy.training.procedure import LOOP_INSTEAD
-from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.records.checkpoints import Position, Setup, run_record
+from sopdeploy.training.records.run_folder import RunFolder
+from sopdeploy.training.settings.head import FeatureSettings, HeadOptions
 from sopdeploy.weights.checkpoint import Checkpoint
 
 

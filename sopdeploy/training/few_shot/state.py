@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sopdeploy.training.checkpoints import (
+from sopdeploy.training.records.checkpoints import (
     Fit,
     Setup,
     check_parts,
@@ -17,7 +17,7 @@ from sopdeploy.training.checkpoints import (
     run_record,
     state_errors,
 )
-from sopdeploy.training.results import read_result
+from sopdeploy.training.records.results import read_result
 from sopdeploy.weights.checkpoint import Checkpoint
 
 

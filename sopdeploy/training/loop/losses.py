@@ -21,7 +21,7 @@ from sopdeploy.evaluation.prediction import classification_loss
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import images_format
 from sopdeploy.models.base import Classifier, TrainingOutput
-from sopdeploy.training.loop_settings import TeacherConfig
+from sopdeploy.training.settings.loop import TeacherConfig
 from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from sopdeploy.base.environment import import_optional
 from sopdeploy.errors import MissingPackageError
-from sopdeploy.training.loop_settings import (
+from sopdeploy.training.settings.loop import (
     OptimizerSettings,
     RAdam,
     RegisteredOptimizer,

@@ -23,7 +23,6 @@ from sopdeploy.evaluation.prediction import (
 )
 from sopdeploy.models.base import Classifier
 from sopdeploy.training.callback import Callback, ExpectedTime
-from sopdeploy.training.checkpoints import Fit, run_record, with_result
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
 from sopdeploy.training.loop.gradient import train_step
@@ -33,8 +32,9 @@ from sopdeploy.training.loop.state import (
     last_loop_record,
     set_train_mode,
 )
-from sopdeploy.training.results import LoopResult, SelectedBy
-from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.records.checkpoints import Fit, run_record, with_result
+from sopdeploy.training.records.results import LoopResult, SelectedBy
+from sopdeploy.training.records.run_folder import RunFolder
 from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 
 _NUM_RESAMPLES = 1000

@@ -20,7 +20,13 @@ from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.second_order_head import tuned_name
-from sopdeploy.training.checkpoints import (
+from sopdeploy.training.device import find_images_format, move_to_device
+from sopdeploy.training.diagnostics import Diagnostics, EpochRow
+from sopdeploy.training.few_shot.state import FewShotFit, last_few_shot_record
+from sopdeploy.training.loop.average import ExponentialMovingAverage
+from sopdeploy.training.loop.losses import Loss, Teacher, create_teacher
+from sopdeploy.training.loop.updates import Updates, group_parameters
+from sopdeploy.training.records.checkpoints import (
     Fit,
     Position,
     Setup,
@@ -29,14 +35,8 @@ from sopdeploy.training.checkpoints import (
     run_record,
     state_errors,
 )
-from sopdeploy.training.device import find_images_format, move_to_device
-from sopdeploy.training.diagnostics import Diagnostics, EpochRow
-from sopdeploy.training.few_shot.state import FewShotFit, last_few_shot_record
-from sopdeploy.training.loop.average import ExponentialMovingAverage
-from sopdeploy.training.loop.losses import Loss, Teacher, create_teacher
-from sopdeploy.training.loop.updates import Updates, group_parameters
-from sopdeploy.training.loop_settings import StartConfig, StepSettings, UpdateSettings
-from sopdeploy.training.recipe import LoopRecipe
+from sopdeploy.training.settings.loop import StartConfig, StepSettings, UpdateSettings
+from sopdeploy.training.settings.recipe import LoopRecipe
 from sopdeploy.training.start_weights import classifier_name
 from sopdeploy.weights.checkpoint import Checkpoint, parse_checkpoint, plain_content
 

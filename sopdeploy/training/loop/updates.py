@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.training.loop.optimizer import create_optimizer
-from sopdeploy.training.loop_settings import StartConfig, UpdateSettings
+from sopdeploy.training.settings.loop import StartConfig, UpdateSettings
 from sopdeploy.training.start_weights import classifier_name
 
 # Key of a factor on the learning rate in the optimizer's parameter groups; checkpoints contain

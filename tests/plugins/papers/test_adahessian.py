@@ -10,7 +10,7 @@ from sopdeploy import create_model
 from sopdeploy.errors import ConfigError
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy.training.loop.optimizer import create_optimizer
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy.training.train import train_recipe
 from sopdeploy_papers.adahessian import AdaHessian, AdaHessianConfig, random_signs
 from tests.sopdeploy.training.distributed.cases import build_recipe, learn

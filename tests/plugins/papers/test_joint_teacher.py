@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sopdeploy.base import plugins
 from sopdeploy.errors import ConfigError
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights.checkpoint import read_checkpoint
 from tests.sopdeploy.training.distributed.cases import build_recipe, learn

@@ -29,7 +29,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.layers.pooling.base import GlobalPooling, unit_signed_root
 from sopdeploy.layers.pooling.registry import Pooling
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy.training.start_weights import StartWeights, load_start_weights
 from sopdeploy.weights.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.weights.published import published_network

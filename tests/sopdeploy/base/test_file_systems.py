@@ -24,7 +24,7 @@ from sopdeploy.base.files import (
 from sopdeploy.bundle.publication import staging
 from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.records.run_folder import RunFolder
 from sopdeploy.weights.checkpoint import write_plain
 from tests.support.forged import write_hollow
 

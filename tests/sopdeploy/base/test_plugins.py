@@ -16,7 +16,7 @@ from sopdeploy.data.sources import DataSource
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.pooling.base import PoolingConfig
 from sopdeploy.models.registry import entry
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy.weights.checkpoint import read_checkpoint
 from sopdeploy_commands.app import app
 from sopdeploy_service.inference.loader import load_model

@@ -20,7 +20,7 @@ from sopdeploy.base.plugins import POOLINGS
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.layers.pooling.base import PoolingConfig
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy.version import __version__
 from sopdeploy_service.settings import load_settings
 

@@ -25,7 +25,7 @@ from sopdeploy.evaluation.metrics import log_loss
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights.checkpoint import (
     Checkpoint,

@@ -25,7 +25,7 @@ from sopdeploy.data.sources import DigitsConfig, open_data
 from sopdeploy.errors import DataError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.support.small_data import jpeg, write_photos
 

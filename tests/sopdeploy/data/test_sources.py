@@ -20,8 +20,8 @@ from sopdeploy.data.sources import (
     open_data,
 )
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.recipe_files import list_recipes
+from sopdeploy.training.settings.recipe import read_recipe
+from sopdeploy.training.settings.recipe_files import list_recipes
 from sopdeploy_commands.app import app
 from sopdeploy_commands.train_request import TrainOptions, configure, read_changes
 from tests.support.small_data import write_aircraft, write_cifar, write_places

@@ -17,8 +17,8 @@ from sopdeploy.models.families import (
     names_of_family,
 )
 from sopdeploy.models.registry import entry, list_models
-from sopdeploy.training.recipe import read_recipe, recipe_keys
-from sopdeploy.training.recipe_files import SELECTORS, list_recipes, recipe_text
+from sopdeploy.training.settings.recipe import read_recipe, recipe_keys
+from sopdeploy.training.settings.recipe_files import SELECTORS, list_recipes, recipe_text
 from sopdeploy_commands.app import app
 
 SPELLINGS = {

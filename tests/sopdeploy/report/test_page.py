@@ -13,8 +13,8 @@ from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.metrics import ImageScore, Rate
 from sopdeploy.html.plots import plot
 from sopdeploy.report.page import _choose_mistakes
-from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.results import LoopResult, describe_for_page
+from sopdeploy.training.records.results import LoopResult, describe_for_page
+from sopdeploy.training.settings.recipe import Recipe, read_recipe
 from sopdeploy.weights.checkpoint import read_checkpoint
 from tests.sopdeploy.training.runs import short_recipe, train_with_page
 from tests.support.pages import ALLOWED, Reader, charts

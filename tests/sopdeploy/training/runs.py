@@ -26,7 +26,7 @@ from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import Strategy, TrainingStoppedError
 from sopdeploy.training.division import Division
 from sopdeploy.training.loop.state import LoopState
-from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.settings.recipe import Recipe, read_recipe
 from sopdeploy.training.setup import new_setup
 from sopdeploy.training.train import TrainingResult, summarize_run, train_recipe, train_run
 from sopdeploy.weights.checkpoint import read_checkpoint

@@ -11,7 +11,7 @@ from sopdeploy.data.photos.file_checks import leave_out_unreadable
 from sopdeploy.data.photos.photo import ArrayImages, Split, image_errors
 from sopdeploy.errors import DataError, ImageError, amount
 from sopdeploy.training.callback import Callback
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy.training.setup import Setup, set_up_run
 from sopdeploy.training.train import train_recipe
 from tests.support.small_data import jpeg, write_photos

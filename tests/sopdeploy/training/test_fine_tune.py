@@ -19,19 +19,19 @@ from sopdeploy.evaluation.prediction import held_out_metrics, predict_logits
 from sopdeploy.models.base import TrainingOutput, is_in
 from sopdeploy.models.registry import create_model
 from sopdeploy.report.wrong_labels import find_wrong_labels
-from sopdeploy.training.checkpoints import read_resumed
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy.training.few_shot import run as few_shot
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.fine_tune import OwnVectors
-from sopdeploy.training.head_settings import FineTuneConfig
 from sopdeploy.training.loop.run import idle_branches
 from sopdeploy.training.loop.state import first_stages, freeze, read_frozen, set_train_mode
-from sopdeploy.training.loop_settings import StartConfig
-from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.recipe_files import recipe_text
-from sopdeploy.training.results import Tuning
+from sopdeploy.training.records.checkpoints import read_resumed
+from sopdeploy.training.records.results import Tuning
+from sopdeploy.training.settings.head import FineTuneConfig
+from sopdeploy.training.settings.loop import StartConfig
+from sopdeploy.training.settings.recipe import Recipe, read_recipe
+from sopdeploy.training.settings.recipe_files import recipe_text
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 from sopdeploy_commands.train import train

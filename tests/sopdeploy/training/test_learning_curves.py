@@ -9,8 +9,8 @@ from sopdeploy import train
 from sopdeploy.base.files import LAST
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.recipe import Recipe, read_recipe, recipe_file
-from sopdeploy.training.recipe_files import list_recipes
+from sopdeploy.training.settings.recipe import Recipe, read_recipe, recipe_file
+from sopdeploy.training.settings.recipe_files import list_recipes
 
 DSOP = ("workers=0", "threads=1")
 

@@ -10,8 +10,8 @@ import pytest
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import make_config
-from sopdeploy.training.recipe import change_recipe, flatten, read_recipe
-from sopdeploy.training.recipe_files import list_recipes, recipe_text
+from sopdeploy.training.settings.recipe import change_recipe, flatten, read_recipe
+from sopdeploy.training.settings.recipe_files import list_recipes, recipe_text
 
 
 @pytest.mark.parametrize("name", list_recipes())

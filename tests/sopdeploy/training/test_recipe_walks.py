@@ -9,8 +9,8 @@ import pytest
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.models.registry import make_config
 from sopdeploy.models.second_order_head import tuned_name
-from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.recipe_files import list_recipes
+from sopdeploy.training.settings.recipe import read_recipe
+from sopdeploy.training.settings.recipe_files import list_recipes
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights.checkpoint import read_checkpoint
 from tests.sopdeploy.training.runs import interrupt

@@ -21,9 +21,14 @@ from sopdeploy.bundle.decision import Calibration, Decision
 from sopdeploy.data.photos.photo import ArrayImages
 from sopdeploy.errors import ConfigError, amount
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.training import run_folder
-from sopdeploy.training.results import LIST_WRONG_LABELS, ClassScore, LoopResult, insert_folders
-from sopdeploy.training.summary import training_rows
+from sopdeploy.training.records import run_folder
+from sopdeploy.training.records.results import (
+    LIST_WRONG_LABELS,
+    ClassScore,
+    LoopResult,
+    insert_folders,
+)
+from sopdeploy.training.records.summary import training_rows
 from sopdeploy.training.train import describe_problem
 from sopdeploy.weights.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy_commands.app import app

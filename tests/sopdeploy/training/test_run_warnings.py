@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sopdeploy.training.callback import Callback, ForwardingCallback, WarningRecord
-from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.summary import read_summary, training_rows
+from sopdeploy.training.records.summary import read_summary, training_rows
+from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy.training.train import TrainingResult
 from sopdeploy.weights.checkpoint import read_checkpoint
 from sopdeploy_commands.runs_page import list_runs, read_run

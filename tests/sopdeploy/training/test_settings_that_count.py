@@ -8,8 +8,8 @@ import pytest
 
 import sopdeploy
 from sopdeploy.errors import ConfigError
-from sopdeploy.training.recipe import FewShotRecipe, change_recipe, read_recipe
-from sopdeploy.training.results import LoopResult
+from sopdeploy.training.records.results import LoopResult
+from sopdeploy.training.settings.recipe import FewShotRecipe, change_recipe, read_recipe
 from tests.sopdeploy.training.runs import paint
 
 TINY = (

@@ -25,7 +25,7 @@ from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.recipe import LoopRecipe, read_recipe
+from sopdeploy.training.settings.recipe import LoopRecipe, read_recipe
 from sopdeploy.training.start_weights import (
     InitialModel,
     StartWeights,

@@ -25,7 +25,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow, diagnose
 from sopdeploy.training.loop.run import estimate_best
-from sopdeploy.training.recipe import LoopRecipe, Recipe, read_recipe
+from sopdeploy.training.settings.recipe import LoopRecipe, Recipe, read_recipe
 from sopdeploy.training.train import TrainingResult, train_recipe
 from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 from tests.sopdeploy.training.runs import (

@@ -18,8 +18,8 @@ from sopdeploy.training.division import open_division
 from sopdeploy.training.loop import gradient
 from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.loop.state import LoopState
-from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.records.run_folder import RunFolder
+from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights.checkpoint import read_checkpoint
 from tests.sopdeploy.data.folders.test_folder import make

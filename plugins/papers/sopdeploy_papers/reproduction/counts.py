@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sopdeploy.models.describe import Description, Published, describe
 from sopdeploy.models.registry import CatalogModel
-from sopdeploy.training.recipe import LoopRecipe, Recipe, read_recipe
+from sopdeploy.training.settings.recipe import LoopRecipe, Recipe, read_recipe
 from sopdeploy_papers.reproduction.tables import DATA_SETS, Column, PrintedRow, PrintedTable
 
 # The counts of a network by column of a table: name, and quantity of `describe`'s published

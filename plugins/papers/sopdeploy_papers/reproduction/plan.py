@@ -10,7 +10,7 @@ from sopdeploy.data.augment import PadCrop
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import Counts
 from sopdeploy.models.registry import CatalogModel, make_config
-from sopdeploy.training.recipe import LoopRecipe, Recipe, format_toml, read_recipe
+from sopdeploy.training.settings.recipe import LoopRecipe, Recipe, format_toml, read_recipe
 from sopdeploy.weights.published import published_network
 from sopdeploy_papers.reproduction.counts import RowFigure, count_figures, describe_network
 from sopdeploy_papers.reproduction.results import SeedResult, mean_error

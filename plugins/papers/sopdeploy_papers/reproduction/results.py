@@ -13,11 +13,11 @@ from sopdeploy.evaluation.prediction import (
     score_images,
 )
 from sopdeploy.evaluation.statistics import student
-from sopdeploy.training.checkpoints import read_resumed
 from sopdeploy.training.diagnostics import EpochRow, median_throughput
 from sopdeploy.training.distributed import select_device
 from sopdeploy.training.division import open_division
-from sopdeploy.training.recipe import LoopRecipe, Recipe
+from sopdeploy.training.records.checkpoints import read_resumed
+from sopdeploy.training.settings.recipe import LoopRecipe, Recipe
 from sopdeploy.training.train import TrainingResult
 from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 

@@ -13,7 +13,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, SopdeployError, TrainingError
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import TrainingStoppedError
-from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.settings.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
 from sopdeploy_papers.reproduction.page import render_page
 from sopdeploy_papers.reproduction.plan import ReproducedRow, Reproduction, plan

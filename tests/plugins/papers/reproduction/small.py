@@ -5,7 +5,7 @@ from typing import Any
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import entry, make_config
-from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
+from sopdeploy.training.settings.recipe import Recipe, format_toml, read_recipe
 from sopdeploy_papers.reproduction.tables import PrintedTable
 
 # Of options of networks and poolings, also of each number in a list

@@ -18,7 +18,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import describe
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import create_model, make_config
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy_commands.app import app
 from sopdeploy_papers.reproduction.page import error_table, render_page
 from sopdeploy_papers.reproduction.plan import ReproducedRow, Reproduction, plan, scale_down

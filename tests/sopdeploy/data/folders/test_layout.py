@@ -16,7 +16,7 @@ from sopdeploy.data.folders.folder import open_folder
 from sopdeploy.data.folders.questions import MAX_COMMANDS, QuestionError, Reading
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import DataError
-from sopdeploy.training.recipe_files import parse_override
+from sopdeploy.training.settings.recipe_files import parse_override
 from tests.support.small_data import jpeg
 
 PUBLIC = json.loads(

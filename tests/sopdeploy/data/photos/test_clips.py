@@ -17,7 +17,7 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.images.metadata import NO_TIME, capture_time
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.few_shot.score import estimate_score
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from tests.sopdeploy.data.photos.test_copies import encoded, scene
 from tests.support.small_data import write_classes
 

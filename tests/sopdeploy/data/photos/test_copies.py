@@ -41,8 +41,8 @@ from sopdeploy.evaluation.metrics import Rate, effective_count
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.division import divide_images
-from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.records.run_folder import RunFolder
+from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy.training.setup import set_up_run
 from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.app import app

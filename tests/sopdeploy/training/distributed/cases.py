@@ -14,7 +14,7 @@ from sopdeploy.data.photos.photo import ArrayImages
 from sopdeploy.models.gmsop import GMSOPResNet
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.loop.gradient import train_step
-from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.settings.recipe import Recipe, read_recipe
 from tests.sopdeploy.training.runs import start_run
 
 NETWORKS = {

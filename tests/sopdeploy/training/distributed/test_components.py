@@ -16,7 +16,7 @@ from sopdeploy.evaluation.prediction import ProcessGroup, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed import Strategy, check_batch_size
-from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.records.run_folder import RunFolder
 from sopdeploy.training.setup import check_same_step
 from tests.sopdeploy.training.distributed.cases import (
     SHORT_CASES,

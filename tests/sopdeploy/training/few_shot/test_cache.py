@@ -16,7 +16,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.few_shot import features
 from sopdeploy.training.few_shot.cache import FeatureCache
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from tests.sopdeploy.training.runs import SMALL, paint
 
 EACH, CLASSES = 3, 3

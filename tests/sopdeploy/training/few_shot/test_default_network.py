@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sopdeploy.training.few_shot import default_network
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.settings.recipe import read_recipe
 from tests.sopdeploy.training.runs import paint
 
 

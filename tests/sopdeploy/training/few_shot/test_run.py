@@ -45,11 +45,11 @@ from sopdeploy.training.few_shot.learning import estimate_gains
 from sopdeploy.training.few_shot.scaling import OutOfFold, Scaling, estimate_excess
 from sopdeploy.training.few_shot.score import estimate_score
 from sopdeploy.training.few_shot.targets import Targets, share_groups
-from sopdeploy.training.head_settings import FewShotConfig
 from sopdeploy.training.procedure import FEW_IMAGES, select_procedure
-from sopdeploy.training.recipe import LoopConfig, Recipe, read_recipe
-from sopdeploy.training.results import read_result
-from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.records.results import read_result
+from sopdeploy.training.records.run_folder import RunFolder
+from sopdeploy.training.settings.head import FewShotConfig
+from sopdeploy.training.settings.recipe import LoopConfig, Recipe, read_recipe
 from sopdeploy.training.setup import set_up_run
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights.checkpoint import read_checkpoint, write_checkpoint

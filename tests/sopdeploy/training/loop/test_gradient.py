@@ -26,7 +26,7 @@ from sopdeploy.evaluation.prediction import evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import TrainingOutput
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.settings.recipe import Recipe
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
 from tests.sopdeploy.training.runs import interrupt, same_run, short_recipe

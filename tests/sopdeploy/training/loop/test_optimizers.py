@@ -12,8 +12,8 @@ from sopdeploy.data.augment import Augmentations
 from sopdeploy.data.sources import open_data
 from sopdeploy.training.loop.average import ExponentialMovingAverage
 from sopdeploy.training.loop.optimizer import create_optimizer
-from sopdeploy.training.recipe import LoopRecipe
-from sopdeploy.training.schedules import Cosine, Milestones, OneCycle
+from sopdeploy.training.settings.recipe import LoopRecipe
+from sopdeploy.training.settings.schedules import Cosine, Milestones, OneCycle
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights.checkpoint import read_checkpoint
 from tests.sopdeploy.training.runs import same_bits, short_recipe

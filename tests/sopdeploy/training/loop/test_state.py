@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from sopdeploy.errors import ConfigError, StorageError
-from sopdeploy.training import run_folder
 from sopdeploy.training.callback import Callback
-from sopdeploy.training.checkpoints import Position
 from sopdeploy.training.loop import state
 from sopdeploy.training.loop.losses import Loss
+from sopdeploy.training.records import run_folder
+from sopdeploy.training.records.checkpoints import Position
 from sopdeploy.training.train import train_recipe
 from sopdeploy.weights import checkpoint as module
 from sopdeploy.weights.checkpoint import read_checkpoint

@@ -41,9 +41,9 @@ from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.families import describe_options
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.head_settings import FewShotConfig, HeadOptions
-from sopdeploy.training.recipe import LoopConfig, LoopRecipe, Recipe, change_recipe
-from sopdeploy.training.results import AnyProcedureResult
+from sopdeploy.training.records.results import AnyProcedureResult
+from sopdeploy.training.settings.head import FewShotConfig, HeadOptions
+from sopdeploy.training.settings.recipe import LoopConfig, LoopRecipe, Recipe, change_recipe
 from sopdeploy.training.start_weights import StartReport, classifier_name
 from sopdeploy.version import __version__
 from sopdeploy.weights.checkpoint import Checkpoint, TrainingRecord

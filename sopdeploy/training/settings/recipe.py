@@ -24,18 +24,18 @@ from sopdeploy.data.sources import DataConfig, FolderConfig, OwnDataConfig
 from sopdeploy.errors import ConfigError, with_hint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry
-from sopdeploy.training.head_settings import (
+from sopdeploy.training.settings.head import (
     FeatureSettings,
     FewShotConfig,
     FineTuneConfig,
     HeadOptions,
 )
-from sopdeploy.training.loop_settings import (
+from sopdeploy.training.settings.loop import (
     LoopSettings,
     StartConfig,
     StartWeights,
 )
-from sopdeploy.training.recipe_files import (
+from sopdeploy.training.settings.recipe_files import (
     add_fine_tune_settings,
     parse_override,
     procedure_kind,

@@ -23,7 +23,7 @@ from sopdeploy.base.config import (
 from sopdeploy.base.plugins import OPTIMIZERS
 from sopdeploy.data.augment import Augmentations
 from sopdeploy.models.registry import CatalogModel
-from sopdeploy.training.schedules import Schedule
+from sopdeploy.training.settings.schedules import Schedule
 
 Betas = tuple[FractionBelowOne, FractionBelowOne]
 

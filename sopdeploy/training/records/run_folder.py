@@ -35,9 +35,9 @@ from sopdeploy.base.project import RUNS
 from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.training.diagnostics import EpochRow, history_csv
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.loop_settings import SaveConfig
-from sopdeploy.training.recipe import recipe_file
-from sopdeploy.training.summary import RunSummary
+from sopdeploy.training.records.summary import RunSummary
+from sopdeploy.training.settings.loop import SaveConfig
+from sopdeploy.training.settings.recipe import recipe_file
 from sopdeploy.weights.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 
 IN_USE = "run_in_use"  # code of the error about a folder in which another process trains

@@ -62,7 +62,7 @@ def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
     """
     if "procedure" not in training:  # there is no result, either
         return _scalars(training)
-    from sopdeploy.training.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none
+    from sopdeploy.training.records.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none
 
     result = read_result(training)
     if result is None:
