@@ -103,9 +103,8 @@ def test_dunder_all_names_exactly_the_lazy_exports() -> None:
         _ = sopdeploy.create_modl
 
 
-SUGGESTED = re.compile(
-    rf'(sopdeploy ({"|".join(COMMANDS)}) |run: \w+ )[^;`("\n]*\Z'
-)  # a command so far
+# A command so far
+SUGGESTED = re.compile(rf'(sopdeploy ({"|".join(COMMANDS)}) |run: \w+ )[^;`("\n]*\Z')
 
 
 @pytest.mark.parametrize("package", ["sopdeploy", "service", "export", "commands", "plugins"])
@@ -249,9 +248,8 @@ def test_the_files_of_the_three_stories_exist() -> None:
 
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "sklearn", "timm", "sopdeploy_export")
-WITHOUT: dict[
-    tuple[str, ...], tuple[str, ...]
-] = {  # packages that importing these modules must not import
+# Modules, and the packages that importing them must not import
+WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {
     (
         *(
             "sopdeploy",

@@ -197,10 +197,8 @@ def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
     for document in CLUSTER[name]:
         if document["kind"] == "ScaledObject":
             jsonschema.validate(document, SCALED_OBJECT)
-        elif document["kind"] not in {
-            "ServiceMonitor",
-            "PrometheusRule",
-        }:  # of an operator; compared below
+        # Those of an operator are compared below.
+        elif document["kind"] not in {"ServiceMonitor", "PrometheusRule"}:
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 

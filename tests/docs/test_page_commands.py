@@ -16,7 +16,8 @@ from tests.docs.page_commands import SERVE, Workspace, steps
 from tests.docs.reading import PAGES, name
 from tests.support.service import write_bundle
 
-NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a GPU, or hours
+# Patterns of steps: they need a network, a cluster, a data set, a GPU, or hours
+NOT_RUN = (
     r"pip (install|wheel)|python3 -m venv |\. \.venv/bin/activate",
     r"sopdeploy demo",  # `tests/test_walk.py` runs it
     r"(git|make|docker|helm) ",
@@ -39,21 +40,20 @@ NOT_RUN_PAGES = (
     "docs/cli.md",
     "docs/keep.md",  # needs a person who looks at kept photos
 )
-BEGINS = re.compile(  # trains a network
+# Trains a network
+BEGINS = re.compile(
     r"sopdeploy train (--recipe photos-dsop )?--data photos|data scenes|sopdeploy\.train\(data="
 )
-QUICK = (  # so no network is trained
+# So no network is trained
+QUICK = (
     "docs/http.md",
     "docs/batch.md",
     "docs/deploy.md",
     "docs/monitoring.md",
     "docs/operations.md",
 )
-TWICE = (
-    "README.md",
-    "docs/index.md",
-    "docs/python.md",
-)  # of each reader
+# A page of each reader
+TWICE = ("README.md", "docs/index.md", "docs/python.md")
 RUNNABLE = {name(page): page for page in PAGES if name(page) not in NOT_RUN_PAGES}
 
 
@@ -89,9 +89,8 @@ def test_the_command_of_a_reload_finds_a_script_as_pip_writes_it(tmp_path: Path)
     lines = ("#!/bin/sh", "trap 'echo reloaded; exit' HUP", "sleep 0.1", "echo ready", loop)
     script.write_text("\n".join(lines))
     script.chmod(0o755)
-    heed = partial(
-        signal.signal, signal.SIGHUP, signal.SIG_DFL
-    )  # a shell cannot trap what it was told to ignore
+    # A shell cannot trap what it was told to ignore
+    heed = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
     with subprocess.Popen(
         [script], stdout=subprocess.PIPE, text=True, preexec_fn=heed
     ) as server:
@@ -125,9 +124,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace with the run and the bundle of a network with branches, quickly trained."""
     workspace = Workspace(tmp_path_factory.mktemp("home"))
     small = "--set epochs=12 --set preprocess.resize=36 --set preprocess.crop=32"
-    workspace.run(
-        f"sopdeploy train --recipe photos-dsop --data photos {small}"
-    )  # the last setting wins
+    # The last setting wins
+    workspace.run(f"sopdeploy train --recipe photos-dsop --data photos {small}")
     workspace.run("sopdeploy export runs/latest/best.pt --detach")
     return workspace
 

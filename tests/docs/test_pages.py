@@ -47,9 +47,8 @@ def test_a_page_that_names_another_one_links_to_it(page: Path) -> None:
     words = CODE_OR_WORD.findall(BLOCK_OR_LINK.sub("", page.read_text(encoding="utf-8")))
     named = [found[1] for word in words if (found := NAME.fullmatch(word))]
     places = {(folder / path).resolve() for path in named for folder in (ROOT, page.parent)}
-    of_the_site = {
-        one for one in PAGES if one.parent != ROOT
-    }  # its pages cannot link to others
+    # Its pages cannot link to others
+    of_the_site = {one for one in PAGES if one.parent != ROOT}
     linked = of_the_site if page in of_the_site else {*PAGES}
 
     assert [name(one) for one in places & linked if one != page] == []
@@ -71,7 +70,8 @@ def test_pages_avoid_phrases_that_must_be_read_twice(page: Path) -> None:
     assert re.findall(AVOIDED, page.read_text(encoding="utf-8")) == []
 
 
-OURS = {  # words of ours, and the pages that explain them beside the glossary
+# Words of ours, and the pages that explain them beside the glossary
+OURS = {
     r"[Bb]undles?": ("bundle.md",),
     r"[Rr]ecipes?": ("recipes.md",),
     r"[Aa]uxiliary (?:branch|head)(?:es|s)?": (
@@ -114,7 +114,8 @@ def test_a_page_links_each_word_of_ours_that_it_uses(page: Path) -> None:
     ] == []
 
 
-FIELD = {  # what a reader searches for, by the page that describes it
+# What a reader searches for, by the page that describes it
+FIELD = {
     "second-order.md": (
         "second-order pooling, covariance pooling, detachable second-order pooling, matrix square root, "
         "global second-order pooling, gated mixture of second-order pooling, iSQRT-COV, Newton-Schulz"
@@ -169,7 +170,8 @@ README = ROOT / "README.md"
 ABOUT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
     "description"
 ]
-DESCRIBED = (  # where the project describes itself
+# Where the project describes itself
+DESCRIBED = (
     "README.md",
     "docs/index.md",
     "commands/sopdeploy_commands/app.py",  # `sopdeploy --help`

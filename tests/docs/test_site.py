@@ -18,7 +18,8 @@ pytestmark = [
         importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed"
     ),
 ]
-SEARCHES = {  # what a newcomer types, and the page that must come first
+# What a newcomer types, and the page that must come first
+SEARCHES = {
     "api key": "operations.md",
     "batch size": "gpu.md",
     "class names": "photos.md",

@@ -179,10 +179,8 @@ def test_the_batches_of_a_session_with_planned_convolutions_have_one_size(
     ("operators", "expected"),
     [
         (["Conv"], ["1", "1", "1"]),
-        (
-            ["Conv", "Shape", "Shape"],
-            ["1", None, None, None],
-        ),  # as of a transformer: tried once
+        # As of a transformer: tried once
+        (["Conv", "Shape", "Shape"], ["1", None, None, None]),
     ],
 )
 def test_the_layout_of_a_graph_in_fp16_is_chosen_once(

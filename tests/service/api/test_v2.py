@@ -330,12 +330,8 @@ def test_binary_data_with_a_wrong_header_or_size_is_rejected():
     floats = tensor(datatype="FP32", data=None, parameters={"binary_data_size": 12})
     assert {"12", "48"} <= sizes_named(rejected(floats, bytes(12))[2])
 
-    for raw in (
-        b"",
-        b"\3\0\0",
-        b"\4\0\0\0abc",
-        files(b"a", b"b") + b"x",
-    ):  # elements of wrong lengths
+    # Elements of wrong lengths
+    for raw in (b"", b"\3\0\0", b"\4\0\0\0abc", files(b"a", b"b") + b"x"):
         asked = encoded([2], len(raw))
         header = str(len(orjson.dumps(asked)))
         assert rejected(asked, raw, header=header)[:2] == ("wrong_binary_size", 400)

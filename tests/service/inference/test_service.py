@@ -131,9 +131,8 @@ MODELS = {
     ("?model=cats", "1000"): "unknown_model",
     ("?model=bees&version=0", "1000"): "unknown_version",
     **{("?model=ants", timeout): "invalid_timeout" for timeout in ("0", "1.5", "٣")},
-    **{
-        ("?model=bees", timeout): None for timeout in ("0020000", "9" * 20_000)
-    },  # at most the server's
+    # At most the server's
+    **{("?model=bees", timeout): None for timeout in ("0020000", "9" * 20_000)},
 }
 
 

@@ -172,10 +172,11 @@ def test_a_disk_that_fails_is_one_line_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
+        # PyArrow's
         (
             OSError(errno.ENOSPC, "Error writing bytes. Detail: [errno 28]"),
             os.strerror(errno.ENOSPC),
-        ),  # PyArrow's
+        ),
         (OSError("the connection is closed\nand more"), "the connection is closed"),
     ],
 )

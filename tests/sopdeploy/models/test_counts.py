@@ -34,12 +34,13 @@ COUNTS: list[tuple[str, dict[str, Any], int, int | None]] = [
     ("vgg16-bn", {"pooling": "isqrt"}, 170_479_144, None),  # fast-MPN-COV's 650.4 MB
     ("alexnet", {"pooling": "isqrt"}, 60_965_224 + 4096 * (32896 - 9216), None),
     ("dsop-resnet18", TABLE, 100_577_224, 5_698_760_448),
+    # Table X counts unused ones
     (
         "dsop-resnet18",
         {"aux_blocks": (8, 0, 0, 0), **TABLE},
         14_362_384,
         None,
-    ),  # Table X counts unused ones
+    ),
     ("dsop-resnet50", TABLE, 181_917_384, 10_537_324_544),
     ("gsop-net1-resnet50", RELEASED, 28_285_224, 6_364_987_392),
     ("gsop-net2-resnet50", RELEASED, 58_278_568, 6_446_101_504),
@@ -50,12 +51,13 @@ COUNTS: list[tuple[str, dict[str, Any], int, int | None]] = [
     (PREACT_GSOP, NO_NORM, 2_894_516, 555_361_280),
     (PREACT_GSOP, {"strided_dr_stages": ["layer1"], **NO_NORM}, 2_894_516, 536_486_912),
     (PREACT_GSOP, {"block_stages": (), "last_stride": 2}, 1_726_388, 247_669_760),
+    # MPN-COV of Table 6
     (
         "gsop-net2-preact-resnet164",
         {"block_stages": ()},
         2_559_412,
         500_652_288,
-    ),  # MPN-COV of Table 6
+    ),
     ("srsop-resnet18", S1, 8_957_192, 249_100_800),
     ("gmgap-16-8-resnet18", RELEASED_GATE, 2_333_192, 178_442_240),
     ("gmsop-16-8-resnet18", S1 | RELEASED_GATE, 10_352_776, 400_095_744),
@@ -95,12 +97,10 @@ class SequenceFirst(nn.Module):
     [
         (torchvision.models.densenet121, 224),
         (torchvision.models.vit_b_16, 224),  # the projections of `nn.MultiheadAttention`
-        (
-            functools.partial(timm.create_model, "swin_tiny_patch4_window7_224"),
-            224,
-        ),  # rows of windows
-        (functools.partial(timm.create_model, "swinv2_cr_tiny_224"), 224),  # and of positions
-        (functools.partial(timm.create_model, "mobilevit_s"), 256),  # and of pixels
+        # Rows of windows, of positions, and of pixels
+        (functools.partial(timm.create_model, "swin_tiny_patch4_window7_224"), 224),
+        (functools.partial(timm.create_model, "swinv2_cr_tiny_224"), 224),
+        (functools.partial(timm.create_model, "mobilevit_s"), 256),
         (SequenceFirst, 224),
     ],
     ids=["densenet", "vit", "swin", "swin_v2", "mobilevit", "sequence_first"],

@@ -38,7 +38,8 @@ def test_the_name_that_a_user_gave_is_not_looked_up() -> None:
     assert name_network("my-network", network) == "my-network"
 
 
-HEADLINES = {  # network, number of classes: the sentence about what is left of it
+# Network, number of classes: the sentence about what is left of it
+HEADLINES = {
     ("resnet8", 1): "ResNet-8 for 1 class, 5 parameters",
     (
         "dsop-resnet8",

@@ -57,7 +57,8 @@ def training_file(path: Path, released: str, arch: str | None) -> Path:
         pytest.param(
             "isqrt-resnet50", "resnet18", 2, f"{NUMBERED}, stride 2", marks=pytest.mark.slow
         ),
-        pytest.param(  # the reduction is among the features
+        # The reduction is among the features
+        pytest.param(
             "isqrt-resnet50", None, 1, "mpncov-resnet18 fine-tuned", marks=pytest.mark.slow
         ),
         pytest.param("resnet18", "resnet18", 2, "resnet18 numbered", marks=pytest.mark.slow),

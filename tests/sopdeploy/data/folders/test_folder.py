@@ -442,10 +442,8 @@ def test_bundles_and_runs_are_never_classes(tmp_path) -> None:
         paint(folder / "worst" / "1.jpg")  # whatever they hold
         paint(folder / "2.jpg")
     (tmp_path / "latest").symlink_to(run.name)
-    for name, output in (
-        ("runs", run),
-        ("bundles", bundle),
-    ):  # also below folders that hold them
+    # Also below folders that hold them
+    for name, output in (("runs", run), ("bundles", bundle)):
         (tmp_path / name).mkdir()
         (tmp_path / name / output.name).symlink_to(output)
         (tmp_path / name / "latest").symlink_to(output.name)
