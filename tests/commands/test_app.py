@@ -189,46 +189,22 @@ def test_recipes_lists_every_recipe() -> None:
 
 
 INVALID: dict[str, tuple[tuple[str, ...], str]] = {
-    "options of no model": (
-        ("models", "--num-classes", "7"),
-        "no network",
-    ),
+    "options of no model": (("models", "--num-classes", "7"), "no network"),
     "train without data or recipe": (("train",), "--data or --recipe"),
-    "batch size zero": (
-        ("export", "c.pt", "--max-batch", "0"),
-        "--max-batch: ",
-    ),
+    "batch size zero": (("export", "c.pt", "--max-batch", "0"), "--max-batch: "),
     "a port out of range": (("serve", "bundle", "--port", "99999"), "port"),
-    "a mistyped command": (
-        ("exprt",),
-        r"'exprt'; .* export\?;",
-    ),
-    "a mistyped option": (
-        ("models", "--jsn"),
-        "sopdeploy models: .*--json",
-    ),
+    "a mistyped command": (("exprt",), r"'exprt'; .* export\?;"),
+    "a mistyped option": (("models", "--jsn"), "sopdeploy models: .*--json"),
     "a mistyped option of the program": (("--verison",), "--version"),
     "a missing argument": (("export",), "'CHECKPOINT'"),
     "photographs as an argument": (("train", "photos"), "--data photos"),
-    "an empty folder name": (
-        ("train", "--data", ""),
-        "--data: ",
-    ),
+    "an empty folder name": (("train", "--data", ""), "--data: "),
     "an empty value of an option": (("train", "--data="), "--data: "),
     "an empty argument": (("label", ""), "first argument: "),
     "a recipe as an argument": (("train", "a.toml"), "--recipe a.toml"),
-    "a mistyped setting": (
-        ("serve", "bundle", "--setting", "prot=1"),
-        "prot: .* port",
-    ),
-    "a link in no folder": (
-        ("promote", "x", "--over", "a/live", "--force", "y"),
-        "a/live: ",
-    ),
-    "no source to classify": (
-        ("classify", "bundle", "x", "--out", "x"),
-        "--out x: ",
-    ),
+    "a mistyped setting": (("serve", "bundle", "--setting", "prot=1"), "prot: .* port"),
+    "a link in no folder": (("promote", "x", "--over", "a/live", "--force", "y"), "a/live: "),
+    "no source to classify": (("classify", "bundle", "x", "--out", "x"), "--out x: "),
     "a path with markup": (("verify", "[bold]x[/]"), re.escape("[bold]x[/]: ")),
 }
 
@@ -308,10 +284,7 @@ def test_no_file_gets_the_number_of_a_standard_stream_that_was_closed(
 # A command and the function that Ctrl-C interrupts.
 INTERRUPTED = {
     "train": ("train --recipe digits-plain", "sopdeploy.training.train.train_run"),
-    "eval": (
-        "eval x.pt --data photos",
-        "sopdeploy_commands.evaluate.check_is_checkpoint",
-    ),
+    "eval": ("eval x.pt --data photos", "sopdeploy_commands.evaluate.check_is_checkpoint"),
     "serve": ("serve x", "sopdeploy_service.server.process.run_server"),
 }
 
@@ -532,9 +505,7 @@ def test_a_command_whose_output_is_redirected_prints_a_line_for_each_step(
     )
 
 
-def test_a_row_of_a_table_is_one_line_in_a_pipe(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_row_of_a_table_is_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     names = ["photographs-of-the-second-week-3f6c01d2a4b7" * 5, "b"]
     print_table(("bundle", "accuracy"), [(name, "98.7 %") for name in names])
 

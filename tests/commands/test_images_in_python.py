@@ -202,9 +202,7 @@ def test_what_must_be_awaited_and_a_batch_are_not_a_single_image() -> None:
             client.classify(value)  # type: ignore[call-overload]
 
 
-def test_a_picture_that_is_cut_off_is_an_error_of_that_image(
-    bundle_path: Path,
-) -> None:
+def test_a_picture_that_is_cut_off_is_an_error_of_that_image(bundle_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
     cut = encoded(Image.fromarray(noise), "JPEG")[:2000]
     answers = predict(bundle_path, [cut, Image.open(io.BytesIO(cut)), WIDE], threads=1)

@@ -156,22 +156,13 @@ def state(statements: Any) -> Callable[[Path], object]:
 
 REPLACED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another weight": (replace_weight, r"model\.onnx: .*hash"),
-    "another certified graph": (
-        certify("1", "9"),
-        r"certificate\.json: .*graph",
-    ),
-    "another certified program": (
-        certify("9", "9"),
-        r"certificate\.json: .*network",
-    ),
+    "another certified graph": (certify("1", "9"), r"certificate\.json: .*graph"),
+    "another certified program": (certify("9", "9"), r"certificate\.json: .*network"),
     "a statement that is neither proved nor measured": (
         state({"Graph": "assumed"}),
         r"certificate\.json: .*proved",
     ),
-    "statements of another type": (
-        state("all"),
-        r"certificate\.json: .*proved",
-    ),
+    "statements of another type": (state("all"), r"certificate\.json: .*proved"),
 }
 
 

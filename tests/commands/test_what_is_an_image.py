@@ -107,9 +107,7 @@ def test_every_command_reads_the_files_whose_bytes_are_an_image(
     assert sorted(READERS[command](classes)) == NAMES
 
 
-def test_a_check_counts_images_by_bytes_and_other_files_by_endings(
-    classes: Path,
-) -> None:
+def test_a_check_counts_images_by_bytes_and_other_files_by_endings(classes: Path) -> None:
     report = check_data(classes)
 
     assert report.unreadable == ()

@@ -59,11 +59,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "with defaults": {},
     "on GPUs": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
     "with everything": {
-        "models": {
-            "path": "/bundles",
-            "claim": "",
-            "initContainers": [FILL],
-        },
+        "models": {"path": "/bundles", "claim": "", "initContainers": [FILL]},
         "extraEnv": [{"name": "AWS_ENDPOINT_URL", "value": "http://minio:9000"}],
         "envFrom": [{"secretRef": {"name": "minio"}}],
         "extraVolumes": [{"name": "authority", "configMap": {"name": "authority"}}],
@@ -218,9 +214,7 @@ def test_optional_parts_are_there_only_if_the_values_ask_for_them(everything) ->
     assert by_default & OPTIONAL == set()
 
 
-def test_a_pod_has_the_priority_annotations_and_account_of_the_values(
-    everything,
-) -> None:
+def test_a_pod_has_the_priority_annotations_and_account_of_the_values(everything) -> None:
     pod = everything["Deployment"]["spec"]["template"]
     account = everything["ServiceAccount"]
 
@@ -616,9 +610,7 @@ def test_containers_have_no_privileges(container: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("container", SERVERS)
-def test_servers_have_probes_on_one_of_their_ports(
-    container: dict[str, Any],
-) -> None:
+def test_servers_have_probes_on_one_of_their_ports(container: dict[str, Any]) -> None:
     probes = {kind: container[kind]["httpGet"] for kind in PROBES if kind in container}
     assert probes.keys() == PROBES.keys()
 
@@ -629,9 +621,7 @@ def test_servers_have_probes_on_one_of_their_ports(
 
 
 @pytest.mark.parametrize("name", PODS)
-def test_pods_run_as_non_root_roll_out_and_stop_cleanly(
-    name: str,
-) -> None:
+def test_pods_run_as_non_root_roll_out_and_stop_cleanly(name: str) -> None:
     pod, surge = PODS[name], "10%" if name == "the chart with everything" else 1
     rolling = {
         "type": "RollingUpdate",

@@ -50,9 +50,7 @@ def test_a_server_that_does_not_respond_is_not_healthy() -> None:
     assert check(SOPDEPLOY_PORT=str(free_port())) == 1
 
 
-def test_the_environment_goes_before_the_file_and_the_platform_s_port(
-    tmp_path: Path,
-) -> None:
+def test_the_environment_goes_before_the_file_and_the_platform_s_port(tmp_path: Path) -> None:
     unused = str(free_port())
     file = tmp_path / "sopdeploy.toml"
     with responding(200) as port:

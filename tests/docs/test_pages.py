@@ -74,22 +74,12 @@ def test_pages_avoid_phrases_that_must_be_read_twice(page: Path) -> None:
 OURS = {
     r"[Bb]undles?": ("bundle.md",),
     r"[Rr]ecipes?": ("recipes.md",),
-    r"[Aa]uxiliary (?:branch|head)(?:es|s)?": (
-        "second-order.md",
-        "proof.md",
-        "own-network.md",
-    ),
+    r"[Aa]uxiliary (?:branch|head)(?:es|s)?": ("second-order.md", "proof.md", "own-network.md"),
     r"noise floors?": (),
     r"graph hash(?:es)?": ("proof.md",),
     r"(?:TensorRT )?engines?": ("tensorrt.md", "gpu.md", "bundle.md"),
 }
-LISTS = (
-    "cli",
-    "errors",
-    "metrics",
-    "models",
-    "compatibility",
-)
+LISTS = ("cli", "errors", "metrics", "models", "compatibility")
 GUIDES = [
     page
     for page in PAGES
@@ -214,10 +204,7 @@ WANTED = {
     # Sixty photographs, and no knowledge of machine learning.
     "see it without photographs": ("README.md", "make demo"),
     "train on one folder per class": ("README.md", "sopdeploy train --data photos"),
-    "label photographs": (
-        "docs/keep.md",
-        "sopdeploy label project-1.csv",
-    ),
+    "label photographs": ("docs/keep.md", "sopdeploy label project-1.csv"),
     "know how good it is": ("docs/evaluate.md", "95 % interval"),
     "use photographs of a phone": ("docs/photos.md", "sopdeploy[train,cpu,heif]"),
     "open the page on another machine": ("docs/operations.md", "--host 0.0.0.0"),

@@ -57,9 +57,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("device", WIDTHS)
 def test_the_search_finds_the_page_of_each_question_first(
-    site: Path,
-    open_page: Callable[..., Any],
-    device: str,
+    site: Path, open_page: Callable[..., Any], device: str
 ) -> None:
     viewport = {"width": WIDTHS[device], "height": 844}
     page = open_page(f"file://{site}", "/index.html", viewport=viewport)
@@ -84,10 +82,7 @@ def test_the_search_finds_the_page_of_each_question_first(
 @pytest.mark.parametrize("device", WIDTHS)
 @pytest.mark.parametrize("name", ["index", "evaluate", "deploy", "cli"])
 def test_nothing_is_cut_or_scrolls_sideways_and_no_option_is_broken(
-    site: Path,
-    open_page: Callable[..., Any],
-    device: str,
-    name: str,
+    site: Path, open_page: Callable[..., Any], device: str, name: str
 ) -> None:
     page = open_page(
         f"file://{site}", f"/{name}.html", viewport={"width": WIDTHS[device], "height": 844}

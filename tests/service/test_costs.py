@@ -262,11 +262,7 @@ FIELDS = {
 }
 INFER, VERSIONED = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
 # Routes that read JSON, and their models
-MODELS = {
-    "/v1/classify": ClassifyRequest,
-    "/invocations": ClassifyRequest,
-    INFER: InferBody,
-}
+MODELS = {"/v1/classify": ClassifyRequest, "/invocations": ClassifyRequest, INFER: InferBody}
 # Fields without a maximum length, which the size of the body limits
 UNLIMITED = {
     "ClassifyRequest.image", "ClassifyRequest.images",  # base64 of images
@@ -430,15 +426,11 @@ V2_BODIES: dict[str, Callable[[int], tuple[dict[str, bytes], bytes]]] = {
     "too many encoded images": lambda size: binary(IMAGE_OF % (size, size), bytes(size)),
 }
 # Routes that read other bodies than JSON
-BODIES = {
-    "/v1/classify": V1_BODIES,
-    INFER: V2_BODIES,
-}
+BODIES = {"/v1/classify": V1_BODIES, INFER: V2_BODIES}
 
 
 @pytest.mark.parametrize(
-    ("route", "case"),
-    [(route, case) for route, cases in BODIES.items() for case in cases],
+    ("route", "case"), [(route, case) for route, cases in BODIES.items() for case in cases]
 )
 def test_any_body_costs_as_much_as_its_size(service, bundle, route, case) -> None:
     def request(size: int) -> tuple[Any, ...]:
@@ -503,9 +495,7 @@ def test_any_header_costs_as_much_as_its_size(service, header) -> None:
         assert min(check_cost(service, HEADER_SIZE, request)) >= 400
 
 
-def test_forwarded_names_and_schemes_cost_as_much_as_their_size(
-    service,
-) -> None:
+def test_forwarded_names_and_schemes_cost_as_much_as_their_size(service) -> None:
     """The origin is compared with each name and each scheme, and with no pair of them."""
 
     def request(size: int) -> tuple[Any, ...]:

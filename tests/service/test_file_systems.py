@@ -26,14 +26,9 @@ def move(folder: Path, bundle: Path) -> None:
 
 
 Action = Callable[[Path, Path], None]
-NOTED: dict[Action, str] = {
-    run: "second run",
-    move: "one place",
-}
+NOTED: dict[Action, str] = {run: "second run", move: "one place"}
 
-HELD: dict[Action, str] = {
-    run: "another run .*out",
-}
+HELD: dict[Action, str] = {run: "another run .*out"}
 
 
 @pytest.mark.parametrize("code", NO_LOCKS)

@@ -138,9 +138,7 @@ HOSTILE = [
 ]
 
 
-def test_the_folder_of_a_class_is_always_below_the_folder(
-    tmp_path: Path,
-) -> None:
+def test_the_folder_of_a_class_is_always_below_the_folder(tmp_path: Path) -> None:
     names = [folder_name(label) for label in HOSTILE]
     assert len(set(names)) == len(HOSTILE)
     assert LABEL_CONFIG not in names
@@ -304,10 +302,7 @@ def test_a_full_queue_drops_and_counts(bundle, monkeypatch, tmp_path) -> None:
 
 
 # the share of the sample, and what becomes of four photos that come at once
-TOO_FAST = {
-    "others": (0.0, {"kept": 2, "dropped": 2}),
-    "the sample": (1.0, {"kept": 4}),
-}
+TOO_FAST = {"others": (0.0, {"kept": 2, "dropped": 2}), "the sample": (1.0, {"kept": 4})}
 
 
 @pytest.mark.parametrize(("share", "expected"), TOO_FAST.values(), ids=TOO_FAST)
@@ -544,9 +539,7 @@ def test_photos_expire_while_nothing_is_sent(bundle, onnx_runtime, tmp_path: Pat
         wait_for(lambda: numbers(tmp_path) == [])
 
 
-def test_only_the_owner_can_read_the_keys(
-    tmp_path: Path,
-) -> None:
+def test_only_the_owner_can_read_the_keys(tmp_path: Path) -> None:
     folder, mask = tmp_path / "new" / "kept", os.umask(0)
     try:
         assert kept_folder(folder).add(name_of(0), PHOTO, fields()) == "kept"
@@ -660,9 +653,7 @@ def test_a_process_killed_at_any_step_loses_no_photo(tmp_path: Path, loss: str) 
 
 
 @pytest.mark.slow
-def test_two_servers_share_a_folder_while_one_is_killed(
-    tmp_path: Path,
-) -> None:
+def test_two_servers_share_a_folder_while_one_is_killed(tmp_path: Path) -> None:
     kept, live = tmp_path / "kept", tmp_path / "live"
     bundles = [write_bundle(tmp_path / f"bundle-{seed}", seed=seed) for seed in (0, 1)]
     live.symlink_to(bundles[0])

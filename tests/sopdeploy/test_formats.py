@@ -30,12 +30,7 @@ from sopdeploy.base.config import OLDEST
 from sopdeploy.base.files import MANIFEST
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import ID_LENGTH, Manifest, to_json
-from sopdeploy.errors import (
-    BundleError,
-    CheckpointError,
-    ConfigError,
-    SopdeployError,
-)
+from sopdeploy.errors import BundleError, CheckpointError, ConfigError, SopdeployError
 from sopdeploy.training.loop import run as loop_run
 from sopdeploy.training.settings.recipe import read_recipe
 from sopdeploy.training.train import train_recipe, train_run

@@ -65,10 +65,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a checkpoint, before torch is imported": ("best.pt", check_is_checkpoint),
     "weights": ("weights.pth", lambda path: read_pytorch(check_is_weights(path))),
     "an image of the client": ("one.jpg", lambda path: encode_images([path])),
-    "the log of promotions": (
-        "promotions.jsonl",
-        lambda path: list(read_log(path.parent)),
-    ),
+    "the log of promotions": ("promotions.jsonl", lambda path: list(read_log(path.parent))),
 }
 # These take the file as missing
 SKIPPING: dict[str, tuple[str, Callable[[Path], object]]] = {

@@ -65,9 +65,7 @@ class FakeOverlappingRuntime(FakeRuntime):
     )
 
     def begin(
-        self,
-        images: Sequence[NDArray[np.uint8]],
-        names: Sequence[str] | None = None,
+        self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
     ) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Begin a batch of *images* (H, W, 3); return a function that sleeps until it is done."""
         if self._buffer is None:

@@ -73,10 +73,7 @@ def built(model: onnx.ModelProto, precision: str) -> None:
     trt = real_tensorrt()
     if trt is None:
         return
-    from sopdeploy_commands.engine_builder.build import (
-        cast_images_first,
-        parse_and_build,
-    )
+    from sopdeploy_commands.engine_builder.build import cast_images_first, parse_and_build
     from sopdeploy_service.runtime.tensorrt_cache import Profile
 
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value

@@ -117,12 +117,7 @@ def carded_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> B
 
     folder = tmp_path_factory.mktemp("carded")
     entry = TensorEntry(name="x", shape=(2,), dtype="float32", bytes=8, sha256="3" * 64)
-    roots = Roots(
-        any_batch="4" * 64,
-        num_operations=3,
-        onnx="6" * 64,
-        shipped="6" * 64,
-    )
+    roots = Roots(any_batch="4" * 64, num_operations=3, onnx="6" * 64, shipped="6" * 64)
     certificate = Certificate(
         model="tiny", detached=("gate.noise",), removed=(entry,), kept=(entry, entry), roots=roots,
         statements={"Removed": "proved"}, batches=(1,), num_images=12, mixes_images=(), precision="fp32",

@@ -25,11 +25,7 @@ from tests.sweep.steps import Small
 FOLDER = Path(__file__).parents[1] / "goldens"
 HEADS = "second_order_head"
 GOLDENS = dict(
-    zip(
-        ("pooled", "dsop", "gsop", "gmsop"),
-        (entries for _, entries in FAMILIES),
-        strict=True,
-    )
+    zip(("pooled", "dsop", "gsop", "gmsop"), (entries for _, entries in FAMILIES), strict=True)
 )
 IMAGES = 2
 DIGITS = 12

@@ -25,12 +25,7 @@ from sopdeploy_export.capture.deployed import (
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.export_checkpoint import export_checkpoint
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
-from sopdeploy_export.lower.precision import (
-    NO_IMAGES,
-    Lowered,
-    UserImages,
-    convert_precision,
-)
+from sopdeploy_export.lower.precision import NO_IMAGES, Lowered, UserImages, convert_precision
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported

@@ -212,15 +212,9 @@ NO_DRIVER = SimpleNamespace(
     cudaGetDeviceCount=lambda: (type("Status", (int,), {"name": "cudaErrorNoDevice"})(100), 0)
 )
 MISSING: dict[str, tuple[dict[str, Any], str]] = {
-    "no TensorRT": (
-        {"tensorrt": None},
-        r"sopdeploy\[tensorrt\]",
-    ),
+    "no TensorRT": ({"tensorrt": None}, r"sopdeploy\[tensorrt\]"),
     "TensorRT 10": ({"tensorrt": SimpleNamespace(__version__="10.16.0")}, "10.16.0"),
-    "no cuda-python": (
-        {"tensorrt": TENSORRT, "cuda.bindings.runtime": None},
-        "cuda-python",
-    ),
+    "no cuda-python": ({"tensorrt": TENSORRT, "cuda.bindings.runtime": None}, "cuda-python"),
     "no driver": (
         {"tensorrt": TENSORRT, "cuda.bindings.runtime": NO_DRIVER},
         "cudaGetDeviceCount",
@@ -251,15 +245,9 @@ def use_engine_of_another_bundle(built: EngineFile, folder: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[EngineFile, Path], object], str]] = {
-    "damaged": (
-        lambda built, _: built.path.write_bytes(b"x"),
-        "sha256",
-    ),
+    "damaged": (lambda built, _: built.path.write_bytes(b"x"), "sha256"),
     "missing": (lambda built, _: built.path.unlink(), "is missing"),
-    "of another bundle": (
-        use_engine_of_another_bundle,
-        "no engine",
-    ),
+    "of another bundle": (use_engine_of_another_bundle, "no engine"),
     "with an invalid record": (
         lambda built, _: built.path.with_suffix(".json").write_bytes(b"{}"),
         "no engine",

@@ -172,10 +172,7 @@ def test_a_folder_of_a_run_with_another_state_is_rejected(
     with pytest.raises(ConfigError, match=r"images 100 \(\w+\), not 1"):
         classify(bundle_path, [str(photos / "001.jpg")], complete, SETTINGS, OPTIONS)
 
-    with (
-        pytest.raises(ConfigError, match="another run"),
-        OutputFolder(complete).locked(),
-    ):
+    with pytest.raises(ConfigError, match="another run"), OutputFolder(complete).locked():
         classify(bundle_path, [str(photos)], complete, SETTINGS, OPTIONS)
 
     (tmp_path / "rows").mkdir()

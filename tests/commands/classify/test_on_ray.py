@@ -168,8 +168,5 @@ def test_errors_of_a_cluster_are_one_line(bundle_path, photos, tmp_path):
         ("Traceback\n  x\nsopdeploy.errors.ConfigError: a is b\n", ConfigError, "a is b"),
         ("The actor died\nOOM", RuntimeUnavailableError, "OOM"),
     ):
-        with (
-            pytest.raises(kind, match=f"Ray cluster: {message}$"),
-            on_ray.errors_of_actors(),
-        ):
+        with pytest.raises(kind, match=f"Ray cluster: {message}$"), on_ray.errors_of_actors():
             raise RuntimeError(text)

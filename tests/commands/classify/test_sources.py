@@ -18,12 +18,7 @@ from sopdeploy.images.signatures import describe_skipped
 from sopdeploy_commands.app import app
 from sopdeploy_commands.classify import classifier
 from sopdeploy_commands.classify.sources import ListedImage, list_sources, read_listed
-from tests.commands.classify.conftest import (
-    OPTIONS,
-    SETTINGS,
-    classify,
-    rows_of,
-)
+from tests.commands.classify.conftest import OPTIONS, SETTINGS, classify, rows_of
 from tests.support.service import picture_bytes
 
 BODIES = {"b/2.jpg": b"two", "a.png": b"one", "b/c/3.JPEG": b"three", "z.gif": b"four"}
@@ -286,10 +281,7 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "an empty folder": (lambda folder: [no_image(folder)], "empty: "),
     "no archive": (lambda folder: [no_archive(folder)], r"a\.tar: "),
-    "a list of a missing archive": (
-        lambda folder: [no_member(folder)],
-        r"missing\.tar: ",
-    ),
+    "a list of a missing archive": (lambda folder: [no_member(folder)], r"missing\.tar: "),
     "an empty name": (lambda folder: [""], "no source"),
     "no source": (lambda folder: [], "no source"),
     "an unknown store": (lambda folder: ["nowhere://x"], "nowhere://x: "),

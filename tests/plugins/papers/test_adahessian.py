@@ -41,9 +41,7 @@ def test_settings_without_second_derivatives_of_a_whole_step_are_refused(setting
 
 
 @pytest.mark.parametrize("uses_first", [False, True])
-def test_the_signs_of_a_parameter_do_not_depend_on_the_process(
-    uses_first: bool,
-) -> None:
+def test_the_signs_of_a_parameter_do_not_depend_on_the_process(uses_first: bool) -> None:
     """A component of a gated network may receive no image in one process, and some in another."""
     first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(8))
     optimizer = AdaHessian([first, second], lr=0.1)

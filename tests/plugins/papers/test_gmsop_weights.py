@@ -149,11 +149,7 @@ def test_an_unsupported_layer_or_array_is_named(
 @pytest.mark.parametrize(
     ("released", "name", "message"),
     [
-        (
-            "srsop-resnet18",
-            "resnet18-64px",
-            "component .*--as srsop-resnet18",
-        ),
+        ("srsop-resnet18", "resnet18-64px", "component .*--as srsop-resnet18"),
         (
             "gmsop-16-8-resnet18",
             "gmsop-16-8-resnet50",

@@ -58,8 +58,7 @@ def test_a_form_with_one_image_equals_the_raw_image(client, jpeg):
 
 
 @pytest.mark.parametrize(
-    ("query", "listed"),
-    [("top_k=3", 3), ("top_k=1000", 7), ("model=t%69ny", 5)],
+    ("query", "listed"), [("top_k=3", 3), ("top_k=1000", 7), ("model=t%69ny", 5)]
 )
 def test_query_parameters_select_classes_and_model(client, jpeg, query, listed):
     assert len(client.post(f"/v1/classify?{query}", content=jpeg).json()["classes"]) == listed

@@ -159,7 +159,7 @@ BAD_SHAPES: list[Any] = [
         [0, 2, 2, 3],
         [-1, 2, 2, 3],
         [HUGE, HUGE, HUGE, 3],
-    ),
+    )
 ]
 NO_SHAPES: list[Any] = [
     *(None, "1", [None], [[1], 2, 2, 3]),

@@ -362,11 +362,7 @@ def test_an_engine_sends_no_models_that_a_front_end_would_not_read(bundle, monke
     ours, theirs = socket.socketpair()
     monkeypatch.setattr(channel, "MAX_MODELS_BYTES", 10)
 
-    with (
-        ours,
-        theirs,
-        pytest.raises(channel.ChannelError, match=r"\d+ bytes, more"),
-    ):
+    with ours, theirs, pytest.raises(channel.ChannelError, match=r"\d+ bytes, more"):
         channel.open_channel(theirs, facts, 2)
 
 

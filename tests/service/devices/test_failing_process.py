@@ -197,9 +197,7 @@ def test_a_device_process_that_never_opens_its_channel_delays_no_other_one(
     asyncio.run(scenario())
 
 
-async def connect_engine(
-    bundle: Bundle,
-) -> tuple[socket.socket, channel.Slots, RemoteRegistry]:
+async def connect_engine(bundle: Bundle) -> tuple[socket.socket, channel.Slots, RemoteRegistry]:
     """Start a front end whose device process, with four slots, is the test: its socket, its slots, the front end."""
     theirs, ours = socket.socketpair()
     model = registry_of(bundle, FakeRuntime(num_classes=7)).find()
@@ -302,9 +300,7 @@ REPORTED = {
 
 
 @pytest.mark.parametrize("name", REPORTED)
-def test_a_front_end_gets_a_new_channel_to_a_ready_device_process(
-    name,
-) -> None:
+def test_a_front_end_gets_a_new_channel_to_a_ready_device_process(name) -> None:
     lost, ready, is_sent = REPORTED[name]
 
     async def scenario() -> None:
@@ -339,9 +335,7 @@ NEXT = {
 
 
 @pytest.mark.parametrize("name", NEXT)
-def test_a_front_end_that_does_not_work_gets_no_connections(
-    name,
-) -> None:
+def test_a_front_end_that_does_not_work_gets_no_connections(name) -> None:
     works, num_open, expected = NEXT[name]
 
     async def scenario() -> list[str]:

@@ -177,11 +177,7 @@ def test_a_signal_to_every_process_completes_the_admitted_requests(
 ) -> None:
     gate = tmp_path / "gate"
     monkeypatch.setenv("GATE", str(gate))
-    options = (
-        *WAYS[FRONT_ENDS],
-        "--setting",
-        "drain_seconds=60",
-    )
+    options = (*WAYS[FRONT_ENDS], "--setting", "drain_seconds=60")
 
     with (
         serving(str(bundle_path), *options, program=gated_device.SERVE) as client,

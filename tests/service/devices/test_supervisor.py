@@ -381,9 +381,7 @@ async def in_this_thread(work: Callable[[], bytes]) -> bytes:
     return work()
 
 
-def test_a_process_that_hangs_is_down_in_the_metrics_of_others(
-    monkeypatch,
-) -> None:
+def test_a_process_that_hangs_is_down_in_the_metrics_of_others(monkeypatch) -> None:
     monkeypatch.setattr(supervisor.asyncio, "to_thread", in_this_thread)  # a thread needs time
 
     async def scenario() -> tuple[bytes, bytes]:
@@ -437,11 +435,7 @@ def test_a_drain_completes_the_requests_of_both_processes(
 ) -> None:
     gate = tmp_path / "gate"
     monkeypatch.setenv("GATE", str(gate))
-    options = (
-        *WAYS[TWO_DEVICES],
-        "--log=json",
-        "--setting=drain_seconds=60",
-    )
+    options = (*WAYS[TWO_DEVICES], "--log=json", "--setting=drain_seconds=60")
 
     with (
         serving(str(bundle_path), *options, program=gated_device.SERVE) as client,

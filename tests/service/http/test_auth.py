@@ -542,9 +542,7 @@ def test_unreadable_keys_leave_those_in_use_in_one_line(tmp_path, caplog, name) 
     assert f" {path}: " in line
 
 
-def test_a_server_in_one_process_accepts_new_keys_after_a_reload(
-    tmp_path,
-) -> None:
+def test_a_server_in_one_process_accepts_new_keys_after_a_reload(tmp_path) -> None:
     path = tmp_path / "keys.toml"
     ring, new = KeyRing((Key(name="a", sha256=DIGEST),)), new_key(path, "b")
     server = DrainingServer.__new__(DrainingServer)

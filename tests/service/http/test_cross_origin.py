@@ -124,9 +124,7 @@ def test_a_text_that_is_not_an_origin_is_refused(text: str) -> None:
         load_settings(allowed_origins=text)
 
 
-def test_a_page_of_the_internet_may_use_a_private_server_if_allowed(
-    serve_with,
-) -> None:
+def test_a_page_of_the_internet_may_use_a_private_server_if_allowed(serve_with) -> None:
     client = serve_with(FakeRuntime(num_classes=7), allowed_origins=SHOP)
     asked = {"origin": SHOP, **ASKED, "access-control-request-private-network": "true"}
     reply = client.options("/v1/classify", headers=asked)

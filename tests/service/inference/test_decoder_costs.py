@@ -89,12 +89,7 @@ LIGHT = {
         LIGHT_BODY,
         True,
     ),
-    "one that does not tell its size": (
-        lambda: b"\0\0\0\x18ftypheic",
-        FULL,
-        LIGHT_BODY,
-        True,
-    ),
+    "one that does not tell its size": (lambda: b"\0\0\0\x18ftypheic", FULL, LIGHT_BODY, True),
     "a JPEG with more pixels than any decoder accepts": (
         lambda: hostile.jpeg(20_000, 10_000),
         FULL,

@@ -277,9 +277,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.slow
 @linux
 @pytest.mark.parametrize("is_subreaper", [True, False])
-def test_template_and_child_of_decoders_end_with_their_server(
-    is_subreaper,
-) -> None:
+def test_template_and_child_of_decoders_end_with_their_server(is_subreaper) -> None:
     LIBC.prctl(SET_SUBREAPER, int(is_subreaper))
     try:
         done = subprocess.run(

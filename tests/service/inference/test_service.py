@@ -201,16 +201,10 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json"),
-    "half a manifest": (
-        lambda path: shorten(path / "manifest.json"),
-        "manifest.json",
-    ),
+    "half a manifest": (lambda path: shorten(path / "manifest.json"), "manifest.json"),
     "a missing file": (lambda path: (path / "probes.npz").unlink(), "probes.npz: missing"),
     "half a file": (lambda path: shorten(path / "model.onnx"), "model.onnx: has"),
-    "a flipped bit": (
-        lambda path: flip(path / "model.onnx", 20),
-        "model.onnx: its sha256",
-    ),
+    "a flipped bit": (lambda path: flip(path / "model.onnx", 20), "model.onnx: its sha256"),
 }
 
 
@@ -429,11 +423,7 @@ def test_a_disk_that_hangs_ends_a_start_at_its_deadline(
 
 @pytest.mark.parametrize(
     ("values", "cuda", "seconds"),
-    [
-        ({}, False, 120),
-        ({}, True, 600),
-        ({"runtime": "onnxruntime-cpu"}, True, 120),
-    ],
+    [({}, False, 120), ({}, True, 600), ({"runtime": "onnxruntime-cpu"}, True, 120)],
 )
 def test_a_load_has_more_time_on_a_gpu(
     values: dict[str, Any], cuda: bool, seconds: float, monkeypatch: pytest.MonkeyPatch

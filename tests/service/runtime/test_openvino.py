@@ -37,8 +37,7 @@ def test_openvino_computes_the_outputs_of_onnx_runtime_and_keeps_them(bundle: Bu
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"no graph", "cannot compile"), (None, "other tensors")],
+    ("content", "message"), [(b"no graph", "cannot compile"), (None, "other tensors")]
 )
 def test_another_graph_is_refused_in_one_line(
     bundle: Bundle, content: bytes | None, message: str

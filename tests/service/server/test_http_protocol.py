@@ -86,7 +86,7 @@ REJECTED = {
         )
     },
     (414, "url_too_long"): {
-        "a URL of 64 kB": b"GET /" + b"x" * 65_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "a URL of 64 kB": b"GET /" + b"x" * 65_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
     },
     (413, "too_large"): {
         "a length of 1 TB": POST + b"Content-Length: 1000000000000\r\n\r\n",

@@ -25,14 +25,7 @@ from sopdeploy_service.server import draining_server
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
-from tests.support.children import (
-    EACH_WAY,
-    TWO_DEVICES,
-    WAYS,
-    ServerClient,
-    serving,
-    spawn,
-)
+from tests.support.children import EACH_WAY, TWO_DEVICES, WAYS, ServerClient, serving, spawn
 from tests.support.raw import GET, POST, connect, post_of, read
 from tests.support.service import wait_for, write_bundle
 from tests.support.slow import mostly_slow
@@ -94,17 +87,7 @@ PATIENT = ("drain_seconds", "request_timeout")
             (b"", b"GET /li", GET),
             [],
         ),
-        (
-            ["--log", "json"],
-            signal.SIGTERM,
-            (),
-            [
-                "started",
-                "request",
-                "draining",
-                "stopped",
-            ],
-        ),
+        (["--log", "json"], signal.SIGTERM, (), ["started", "request", "draining", "stopped"]),
     ],
 )
 def test_an_idle_server_prints_ready_exits_with_0_and_logs_on_demand(
@@ -398,14 +381,8 @@ Service.start = fail
     ("error", "line"),
     [
         ("ConfigError('sandbox=required: no seccomp')", "sandbox=required: no seccomp"),
-        (
-            "RuntimeError('no thread')",
-            "RuntimeError: no thread",
-        ),
-        (
-            "BlockingIOError(11, 'Try again')",
-            "BlockingIOError: [Errno 11] Try again",
-        ),
+        ("RuntimeError('no thread')", "RuntimeError: no thread"),
+        ("BlockingIOError(11, 'Try again')", "BlockingIOError: [Errno 11] Try again"),
     ],
 )
 def test_an_error_of_the_start_is_one_line_with_exit_code_2(bundle_path, error, line) -> None:
@@ -445,9 +422,7 @@ def test_a_stopped_reader_of_the_log_stops_no_request(bundle_path, jpeg, way) ->
         assert client.child.wait(60) == 0
 
 
-def test_a_port_in_use_and_other_wrong_arguments_are_errors(
-    bundle_path: Path,
-) -> None:
+def test_a_port_in_use_and_other_wrong_arguments_are_errors(bundle_path: Path) -> None:
     no_link = "bundles/live"
     with bind("127.0.0.1", 0) as taken:
         taken.listen()

@@ -143,10 +143,7 @@ def test_a_library_that_cannot_be_loaded_is_one_error_line(tmp_path, monkeypatch
     for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
         monkeypatch.delitem(sys.modules, name)
 
-    with (
-        pytest.raises(MissingPackageError, match=r"^timm is installed"),
-        missing_extras(),
-    ):
+    with pytest.raises(MissingPackageError, match=r"^timm is installed"), missing_extras():
         importlib.import_module("timm")
 
 

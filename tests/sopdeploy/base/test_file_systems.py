@@ -276,9 +276,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path, w
     assert not unfinished & set(tmp_path.rglob("*"))
 
 
-def test_the_first_file_in_a_folder_removes_what_was_left(
-    tmp_path: Path,
-) -> None:
+def test_the_first_file_in_a_folder_removes_what_was_left(tmp_path: Path) -> None:
     left = tmp_path / "a.txt.0123abcd.partial"
     left.write_text("half")
     write_file(tmp_path)
@@ -315,9 +313,7 @@ def test_without_locks_nobody_knows_what_was_left_so_it_stays(
     assert left.exists()
 
 
-def test_a_folder_created_for_nothing_is_removed_with_its_parents(
-    tmp_path: Path,
-) -> None:
+def test_a_folder_created_for_nothing_is_removed_with_its_parents(tmp_path: Path) -> None:
     with pytest.raises(ConfigError), new_folder(tmp_path / "a" / "b" / "c"):
         raise ConfigError("wrong")
     assert list(tmp_path.iterdir()) == []

@@ -200,9 +200,7 @@ UNKNOWN: dict[str, tuple[Callable[[], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
-def test_an_unknown_name_of_a_registry_names_the_nearest_one(
-    kind: str,
-) -> None:
+def test_an_unknown_name_of_a_registry_names_the_nearest_one(kind: str) -> None:
     use, nearest = UNKNOWN[kind]
     with pytest.raises(ConfigError, match=rf"\b{nearest}\b"):
         use()

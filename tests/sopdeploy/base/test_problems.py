@@ -124,9 +124,7 @@ class Median(PoolingConfig):
     kind: Literal["median-of-a-plug-in"] = "median-of-a-plug-in"
 
 
-def test_a_pooling_of_an_unknown_kind_names_all_with_plug_ins(
-    monkeypatch,
-) -> None:
+def test_a_pooling_of_an_unknown_kind_names_all_with_plug_ins(monkeypatch) -> None:
     monkeypatch.setattr(POOLINGS, "registered", {})
     POOLINGS.register_config(Median, PoolingConfig)
     names = "'gap', 'flatten', 'isqrt', .*'median-of-a-plug-in'"

@@ -246,21 +246,12 @@ def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
 
 
 PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
-    "the checkpoint itself": (
-        {"fit_decision": "ckpt.pt"},
-        "fit_decision",
-    ),
+    "the checkpoint itself": ({"fit_decision": "ckpt.pt"}, "fit_decision"),
     "no images to accept": ({"accepts": 0.0}, "accepts"),
-    "mirror images": (
-        {"mirror": True},
-        "fit_decision",
-    ),
+    "mirror images": ({"mirror": True}, "fit_decision"),
     "few images": ({"data": "few"}, "fit_decision: .*2 images"),
     "no checkpoint": ({"source": "x.pt"}, "x.pt: "),
-    "a bundle": (
-        {"source": "bundle"},
-        "fit_decision: .*bundle",
-    ),
+    "a bundle": ({"source": "bundle"}, "fit_decision: .*bundle"),
 }
 
 
@@ -377,11 +368,7 @@ def test_the_threshold_of_few_cosines_is_a_prediction_bound(count: int):
         (None, (7, 9), "7 of 9"),
         (None, (0, 9), "0 of 9"),
         ((38, 40), (7, 40), "7 of 40"),
-        (
-            (38, 40),
-            (24, 40),
-            "24 of 40",
-        ),
+        ((38, 40), (24, 40), "24 of 40"),
         ((38, 40), (34, 40), ""),
     ],
 )

@@ -15,10 +15,7 @@ from tests.support.service import write_bundle
 
 # Fields that certificates of commit 67440da2 lack, and that a damaged one may lack
 EARLIER = {
-    "an earlier version": (
-        ("sha256", "contents", "precision"),
-        "sha256, contents, precision",
-    ),
+    "an earlier version": (("sha256", "contents", "precision"), "sha256, contents, precision"),
     "roots": (("roots",), "has no roots"),
 }
 
@@ -42,10 +39,7 @@ def test_a_missing_root_is_named(tmp_path: Path) -> None:
     fields["roots"].pop("shipped", None)
     (bundle / CERTIFICATE).write_bytes(to_json(fields))
 
-    with pytest.raises(
-        BundleError,
-        match=r"roots\.shipped",
-    ):
+    with pytest.raises(BundleError, match=r"roots\.shipped"):
         check_certificate(open_bundle(forge(bundle, bound=False)))
 
 

@@ -87,10 +87,7 @@ def test_the_staging_folder_is_hidden_and_never_stays(
 
 
 def test_a_full_disk_is_an_error_that_names_the_destination(tmp_path: Path) -> None:
-    with (
-        pytest.raises(StorageError, match=r"out: .*No space"),
-        staging(tmp_path / "out"),
-    ):
+    with pytest.raises(StorageError, match=r"out: .*No space"), staging(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not (tmp_path / "out").exists()
 
@@ -98,10 +95,7 @@ def test_a_full_disk_is_an_error_that_names_the_destination(tmp_path: Path) -> N
 @pytest.mark.parametrize("below", ["file", "file/deeper"])
 def test_an_unwritable_destination_is_an_error(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("mine")
-    with (
-        pytest.raises(StorageError, match=r"file.*: .*\("),
-        staging(tmp_path / below),
-    ):
+    with pytest.raises(StorageError, match=r"file.*: .*\("), staging(tmp_path / below):
         pass
 
 
@@ -367,14 +361,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "not JSON": (b"{]", "not JSON"),
     "a list": (b"[]\n", "not a JSON object"),
     "an unknown key": (edited(extra=1), "^extra: "),
-    "a newer version": (
-        edited(version=2),
-        rf"^version: 2, .*{re.escape(__version__)}",
-    ),
-    "a version that is not a number": (
-        edited(version=None),
-        "^version: None",
-    ),
+    "a newer version": (edited(version=2), rf"^version: 2, .*{re.escape(__version__)}"),
+    "a version that is not a number": (edited(version=None), "^version: None"),
     "a field of a later version": (
         edited(extra=1, versions={"sopdeploy": "0.9.1"}),
         r"^extra: .*sopdeploy 0\.9\.1",
@@ -398,10 +386,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     ),
     "batches out of order": (edited(batch={"minimum": 9, "optimum": 8}), "minimum <= optimum"),
     "another id": (edited(id="0" * 12), "was edited"),
-    "no id": (
-        to_json({k: v for k, v in json.loads(VALID).items() if k != "id"}),
-        "was edited",
-    ),
+    "no id": (to_json({k: v for k, v in json.loads(VALID).items() if k != "id"}), "was edited"),
     "a duplicate key": (
         VALID.replace(b'  "opset": 18', b'  "opset": 17,\n  "opset": 18'),
         "was edited",
@@ -495,10 +480,7 @@ def changed(
 
 
 WRONG: dict[str, tuple[Wrong, str]] = {
-    "slightly off": (
-        changed(lambda v: v + 0.0011),
-        r"'logits' .*0\.0011 .*0\.001",
-    ),
+    "slightly off": (changed(lambda v: v + 0.0011), r"'logits' .*0\.0011 .*0\.001"),
     "wrong second output": (changed(lambda v: v + 0.0005, "gate"), "'gate' deviates"),
     "NaN": (changed(lambda v: v * np.nan), "not finite"),
     "a missing class": (changed(lambda v: v[:, :-1]), "has another shape"),

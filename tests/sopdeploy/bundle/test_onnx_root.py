@@ -124,10 +124,7 @@ REJECTED: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
         "'w' is defined twice",
     ),
     "a sparse weight that replaces a weight": (sparse, "sparse weights"),
-    "a constant with two values": (
-        constant_with_two_values,
-        "Constant",
-    ),
+    "a constant with two values": (constant_with_two_values, "Constant"),
     "weights in another file": (outside, "another file"),
     "a weight that is stored twice": (
         lambda m: m.graph.initializer[0].float_data.extend([7, 8]),
@@ -139,10 +136,7 @@ REJECTED: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     ),
     "control flow": (control_flow, "LeakyRelu contains a subgraph"),
     "its own operator": (lambda m: m.functions.add(name="Relu"), "own operators"),
-    "an unknown operand": (
-        lambda m: m.graph.node[0].input.append("q"),
-        "complete ONNX model",
-    ),
+    "an unknown operand": (lambda m: m.graph.node[0].input.append("q"), "complete ONNX model"),
 }
 
 
@@ -219,16 +213,8 @@ def test_the_root_does_not_depend_on_the_file_that_stores_the_weights() -> None:
 
 WRONGLY_PLACED: dict[str, tuple[Callable[[onnx.ModelProto], object], bytes, str]] = {
     "in another file": (lambda m: entry(m, 0, "/etc/hostname"), b"", "another file"),
-    "over another weight": (
-        lambda m: entry(m, 1, "0"),
-        b"",
-        "at its place",
-    ),
-    "with another length": (
-        lambda m: entry(m, 2, "4"),
-        b"",
-        "at its place",
-    ),
+    "over another weight": (lambda m: entry(m, 1, "0"), b"", "at its place"),
+    "with another length": (lambda m: entry(m, 2, "4"), b"", "at its place"),
     "before the file": (
         lambda m: (m.graph.initializer[1].dims.__setitem__(0, -2), entry(m, 2, "-8")),
         b"",
@@ -250,11 +236,7 @@ WRONGLY_PLACED: dict[str, tuple[Callable[[onnx.ModelProto], object], bytes, str]
         "is stored twice",
     ),
     "with bytes behind it": (lambda _: None, b"abcd", "4 bytes"),
-    "with bytes before it": (
-        lambda _: None,
-        b"gap",
-        "before the weight",
-    ),
+    "with bytes before it": (lambda _: None, b"gap", "before the weight"),
     "after the end": (lambda _: None, b"short", "ends before"),
 }
 

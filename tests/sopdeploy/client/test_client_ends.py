@@ -15,12 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sopdeploy.client import AsyncClient, Client
-from sopdeploy.errors import (
-    OverloadedError,
-    ServiceError,
-    SopdeployError,
-    UnreachableError,
-)
+from sopdeploy.errors import OverloadedError, ServiceError, SopdeployError, UnreachableError
 from sopdeploy_commands.app import app
 from tests.support.stub_server import Gate, Received, reply, stub_server
 
@@ -183,9 +178,7 @@ LARGE = bytes(8_000_000)  # more than the buffers of the system
 
 @pytest.mark.usefixtures("client_kind")
 @pytest.mark.parametrize("phase", ["connect", "write", "first byte"])
-def test_a_server_that_stops_is_left_after_the_time_of_the_call(
-    phase: str,
-) -> None:
+def test_a_server_that_stops_is_left_after_the_time_of_the_call(phase: str) -> None:
     with (
         silent(accepts=phase != "connect") as url,
         Client(url, timeout=60, retries=0) as client,

@@ -167,9 +167,7 @@ def test_the_path_of_an_image_is_that_without_links(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in walk(tmp_path)] == ["b/photos/000.jpg"]
 
 
-def test_a_folder_of_two_classes_counts_for_the_first(
-    tmp_path: Path,
-) -> None:
+def test_a_folder_of_two_classes_counts_for_the_first(tmp_path: Path) -> None:
     root = make(tmp_path / "photos", a=2, b=2)
     make(tmp_path, more=3)
     (root / "a" / "more").symlink_to(tmp_path / "more")

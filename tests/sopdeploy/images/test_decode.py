@@ -291,10 +291,7 @@ def with_control(content: bytes) -> bytes:
 
 MORE_FRAMES = {
     "PNG": ("PNG", lambda: animation("PNG")),
-    "PNG, billions of frames": (
-        "PNG",
-        lambda: with_chunk(b"acTL", b"\x7f\xff\xff\xff" * 2),
-    ),
+    "PNG, billions of frames": ("PNG", lambda: with_chunk(b"acTL", b"\x7f\xff\xff\xff" * 2)),
     "PNG, frame without data": ("PNG", lambda: with_chunk(b"fdAT", b"\0")),
     "GIF": ("GIF", lambda: animation("GIF")),
     "GIF, long control": ("GIF", lambda: with_control(b"\7" + bytes(8))),

@@ -10,11 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.layers.covariance import (
-    covariance,
-    covariance_factor,
-    covariance_trace,
-)
+from sopdeploy.layers.covariance import covariance, covariance_factor, covariance_trace
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig, Prenorm
 from tests.sopdeploy.layers.numerics.all_poolings import (
     EACH_POOLING,

@@ -35,12 +35,7 @@ COUNTS: list[tuple[str, dict[str, Any], int, int | None]] = [
     ("alexnet", {"pooling": "isqrt"}, 60_965_224 + 4096 * (32896 - 9216), None),
     ("dsop-resnet18", TABLE, 100_577_224, 5_698_760_448),
     # Table X counts unused ones
-    (
-        "dsop-resnet18",
-        {"aux_blocks": (8, 0, 0, 0), **TABLE},
-        14_362_384,
-        None,
-    ),
+    ("dsop-resnet18", {"aux_blocks": (8, 0, 0, 0), **TABLE}, 14_362_384, None),
     ("dsop-resnet50", TABLE, 181_917_384, 10_537_324_544),
     ("gsop-net1-resnet50", RELEASED, 28_285_224, 6_364_987_392),
     ("gsop-net2-resnet50", RELEASED, 58_278_568, 6_446_101_504),
@@ -52,12 +47,7 @@ COUNTS: list[tuple[str, dict[str, Any], int, int | None]] = [
     (PREACT_GSOP, {"strided_dr_stages": ["layer1"], **NO_NORM}, 2_894_516, 536_486_912),
     (PREACT_GSOP, {"block_stages": (), "last_stride": 2}, 1_726_388, 247_669_760),
     # MPN-COV of Table 6
-    (
-        "gsop-net2-preact-resnet164",
-        {"block_stages": ()},
-        2_559_412,
-        500_652_288,
-    ),
+    ("gsop-net2-preact-resnet164", {"block_stages": ()}, 2_559_412, 500_652_288),
     ("srsop-resnet18", S1, 8_957_192, 249_100_800),
     ("gmgap-16-8-resnet18", RELEASED_GATE, 2_333_192, 178_442_240),
     ("gmsop-16-8-resnet18", S1 | RELEASED_GATE, 10_352_776, 400_095_744),
@@ -197,9 +187,7 @@ def published(name: str, classes: int, config: str) -> tuple[Published, ...]:
 
 
 @pytest.mark.parametrize("row", PUBLISHED_ROWS, ids=row_id)
-def test_published_figures_are_reached_or_marked_with_the_reason(
-    row: PublishedRow,
-) -> None:
+def test_published_figures_are_reached_or_marked_with_the_reason(row: PublishedRow) -> None:
     described = published(row.model, row.num_classes, json.dumps(dict(row.config)))
     note = "; ".join(filter(None, (row.note, "cut off, not rounded" if row.cut else "")))
     found = [

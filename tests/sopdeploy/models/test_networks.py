@@ -74,11 +74,7 @@ def places(network: nn.Module) -> list[str]:
             for name in (SMALL, "gsop-net2-resnet50", "isqrt-efficientnet-b0")
             for pooling in ("isqrt", {"kind": "bcnn"})
         ),
-        (
-            "resnet18-512d",
-            {"pooling": "gap"},
-            "components; .*resnet18-64px",
-        ),
+        ("resnet18-512d", {"pooling": "gap"}, "components; .*resnet18-64px"),
         ("srsop-resnet18", {"pooling": "bcnn"}, "components"),
     ],
 )

@@ -61,11 +61,7 @@ def test_an_unknown_name_points_to_the_list() -> None:
 @pytest.mark.parametrize(
     ("name", "config", "says"),
     [
-        (
-            "resnet18",
-            {"dept": 18},
-            "resnet18: dept: ",
-        ),
+        ("resnet18", {"dept": 18}, "resnet18: dept: "),
         ("resnet18", {"conv5_stride": 3}, "conv5_stride: "),
         ("resnet20", {"depth": 21}, "depth must be 6n + 2"),
         ("dsop-resnet18", {"main_weight": float("nan")}, "main_weight"),

@@ -168,8 +168,5 @@ def test_networks_with_a_module_called_features_can_be_captured(
 
 
 def test_a_network_whose_code_reads_values_has_no_branches() -> None:
-    with (
-        torch.device("meta"),
-        pytest.raises(ConfigError, match="timm:gemma4_vit_167m"),
-    ):
+    with torch.device("meta"), pytest.raises(ConfigError, match="timm:gemma4_vit_167m"):
         create_model("dsop-timm:gemma4_vit_167m")

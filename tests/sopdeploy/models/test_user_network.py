@@ -80,18 +80,8 @@ def test_branches_train_the_network_and_leave_its_output_alone() -> None:
     [
         (Stages(), ["middle"], {}, "'middle'.* early, late, fc"),
         (Stages(), ["fc"], {}, r"^taps: fc .*\(1, 5\)"),
-        (
-            Stages(),
-            ["late"],
-            {"image_size": 1},
-            "1 x 1 .*image_size",
-        ),
-        (
-            Stages(),
-            ["late"],
-            {"aux_width": 3},
-            r"^dsop: aux_width: .*aux_widths",
-        ),
+        (Stages(), ["late"], {"image_size": 1}, "1 x 1 .*image_size"),
+        (Stages(), ["late"], {"aux_width": 3}, r"^dsop: aux_width: .*aux_widths"),
         (Stages(), ["late"], THIN, "^aux_blocks: 2 values"),
         (nn.Sequential(nn.Conv2d(3, 4, 1)), ["0"], {}, r"returns \(1, 4, 8, 8\)"),
     ],
@@ -272,9 +262,7 @@ def test_every_head_of_a_recipe_has_its_vector_and_its_distance(kind: Any, lengt
 @pytest.mark.parametrize(
     "name", ["resnet8", "vgg16", "timm:test_convnext", "timm:deit_tiny_distilled_patch16_224"]
 )
-def test_the_tensors_of_the_network_keep_their_names(
-    name: str,
-) -> None:
+def test_the_tensors_of_the_network_keep_their_names(name: str) -> None:
     with torch.device("meta"):
         plain, network = (
             create_model(name, num_classes=3),
@@ -346,16 +334,8 @@ def test_a_network_of_the_user_has_a_head_on_chosen_maps(register) -> None:
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (
-            lambda n: Small(n, nn.Softmax(dim=1)),
-            {},
-            "last linear layer",
-        ),
-        (
-            lambda n: Small(n, Unused(n)),
-            {},
-            "after.fc",
-        ),
+        (lambda n: Small(n, nn.Softmax(dim=1)), {}, "last linear layer"),
+        (lambda n: Small(n, Unused(n)), {}, "after.fc"),
         (
             lambda n: Small(n, nn.MaxPool1d(1, return_indices=True)),
             {"kind": "gap"},
@@ -364,11 +344,7 @@ def test_a_network_of_the_user_has_a_head_on_chosen_maps(register) -> None:
         (Small, {"taps": ("middle",)}, "no module 'middle'"),
         (Small, {"taps": ("hidden",)}, r"hidden .*\(1, 9\)"),
         (Small, {"taps": ()}, "head.taps: "),
-        (
-            lambda n: nn.Sequential(nn.Flatten(), nn.Linear(3072, n)),
-            {},
-            "feature map",
-        ),
+        (lambda n: nn.Sequential(nn.Flatten(), nn.Linear(3072, n)), {}, "feature map"),
         (
             lambda n: nn.Sequential(nn.Conv2d(3, n, 32), nn.Flatten()),
             {"kind": "gap"},

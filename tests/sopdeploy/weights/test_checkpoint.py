@@ -92,10 +92,7 @@ HEADERS: dict[str, tuple[Change, str]] = {
         lambda c: c.update(extra=1, training={"versions": {"sopdeploy": []}}),
         "extra: ",
     ),
-    "duplicate labels": (
-        lambda c: c.update(labels=["a", "b", "a"]),
-        "labels: ",
-    ),
+    "duplicate labels": (lambda c: c.update(labels=["a", "b", "a"]), "labels: "),
     "too few thresholds": (
         lambda c: c.update(decision={"activation": "sigmoid", "thresholds": [0.5]}),
         "1 thresholds for 3 classes",
@@ -163,19 +160,10 @@ def last_value(name: str, value: float) -> Change:
 
 WEIGHTS: dict[str, tuple[Change, str]] = {
     "a missing tensor": (lambda w: w.pop("fc.weight"), "fc.weight is missing"),
-    "an unknown tensor": (
-        with_weight("zzz.weight", torch.ones(2)),
-        "zzz.weight",
-    ),
+    "an unknown tensor": (with_weight("zzz.weight", torch.ones(2)), "zzz.weight"),
     "another shape": (with_weight("fc.bias", torch.ones(4)), r"fc\.bias is \(4,\), not \(3,\)"),
-    "not a number": (
-        last_value("fc.weight", float("nan")),
-        r"fc\.weight .*not finite",
-    ),
-    "another dtype": (
-        with_weight("fc.bias", torch.ones(3).double()),
-        "float64 strided",
-    ),
+    "not a number": (last_value("fc.weight", float("nan")), r"fc\.weight .*not finite"),
+    "another dtype": (with_weight("fc.bias", torch.ones(3).double()), "float64 strided"),
 }
 
 

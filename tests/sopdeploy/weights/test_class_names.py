@@ -99,52 +99,24 @@ def test_a_number_or_a_mark_that_belongs_to_a_name_stays(case: str, tmp_path: Pa
 
 REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
     "nothing": ("a.txt", b"\n \n", "holds no name"),
-    "another encoding": (
-        "a.txt",
-        "m\xf6we".encode("latin-1"),
-        "UTF-8",
-    ),
-    "numbers in another order": (
-        "a.txt",
-        b"1 cat\n10 dog\n2 bird",
-        "have numbers",
-    ),
+    "another encoding": ("a.txt", "m\xf6we".encode("latin-1"), "UTF-8"),
+    "numbers in another order": ("a.txt", b"1 cat\n10 dog\n2 bird", "have numbers"),
     "numbers that lack some": ("a.txt", b"0 cat\n2 dog", "have numbers"),
     "lines in another order": ("a.csv", b"cat,1\ndog,0", "a table of 2 columns"),
     "numbers of one name": ("a.txt", b"1 euro\n2 euro", "have numbers"),
-    "a name without a number": (
-        "a.txt",
-        b"0 cat\n1 dog\nbird",
-        "have numbers|has a key",
-    ),
+    "a name without a number": ("a.txt", b"0 cat\n1 dog\nbird", "have numbers|has a key"),
     "a heading without columns": (
         "a.txt",
         b"names:\n 0: cat\n 1: dog",
         "have numbers|has a key",
     ),
-    "ids of WordNet": (
-        "a.txt",
-        b"n01440764 tench\nn01443537 goldfish",
-        "n01440764",
-    ),
-    "numbers and ids": (
-        "a.txt",
-        b"0 n01440764 tench\n1 n01443537 goldfish",
-        "have numbers",
-    ),
-    "more columns": (
-        "a.csv",
-        b"0,cat,pet\n1,dog,pet",
-        "a table of 3 columns",
-    ),
+    "ids of WordNet": ("a.txt", b"n01440764 tench\nn01443537 goldfish", "n01440764"),
+    "numbers and ids": ("a.txt", b"0 n01440764 tench\n1 n01443537 goldfish", "have numbers"),
+    "more columns": ("a.csv", b"0,cat,pet\n1,dog,pet", "a table of 3 columns"),
     "columns without numbers": ("a.csv", b"cat,pet\ndog,pet", "a table of 2 columns"),
     "one line": ("a.csv", b"cat, dog, bird", "in one line"),
     "a comment": ("a.txt", b"# classes\ncat\ndog", "name 1 .*'# classes'"),
-    "a heading above bullets": (
-        "a.txt",
-        b"classes\n- cat\n- dog",
-        "name 2 .*bullet",
-    ),
+    "a heading above bullets": ("a.txt", b"classes\n- cat\n- dog", "name 2 .*bullet"),
     "some quotes": ("a.txt", b"'cat'\ndog", "name 1 .*quote"),
     "numbers and some quotes": ("a.txt", b"0 'cat'\n1 dog", "have numbers"),
     "numbers and bullets": ("a.txt", b"0 - cat\n1 - dog", "have numbers"),
@@ -155,33 +127,17 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
         b"item {\n id: 1\n name: 'cat'\n}",
         "name 1 has a bracket",
     ),
-    "a bracket that is not closed": (
-        "a.txt",
-        b"['cat',\n'dog'",
-        "not JSON",
-    ),
+    "a bracket that is not closed": ("a.txt", b"['cat',\n'dog'", "not JSON"),
     "code": ("a.txt", b"[__import__('os').getcwd()]", "not JSON"),
     "JSON that is cut off": ("a.json", b'["cat", "dog', "not JSON"),
-    "numbers of a dictionary from 1": (
-        "a.json",
-        b'{"1": "cat", "2": "dog"}',
-        "1 to 2",
-    ),
+    "numbers of a dictionary from 1": ("a.json", b'{"1": "cat", "2": "dog"}', "1 to 2"),
     "two lists": (
         "a.json",
         b'{"names": ["a"], "x": {"classes": ["b"]}}',
         r"several lists of names \(names, x\.cla",
     ),
-    "two texts for a class": (
-        "a.json",
-        b'{"0": ["n01440764", "tench"]}',
-        "list of names",
-    ),
-    "a name twice": (
-        "a.txt",
-        b"crane\ncat\ncrane",
-        "'crane': .*twice",
-    ),
+    "two texts for a class": ("a.json", b'{"0": ["n01440764", "tench"]}', "list of names"),
+    "a name twice": ("a.txt", b"crane\ncat\ncrane", "'crane': .*twice"),
     "an empty name": ("a.json", b'["cat", "", "dog"]', "its name is empty"),
 }
 

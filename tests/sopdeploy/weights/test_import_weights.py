@@ -182,13 +182,7 @@ def test_cifar_weights_give_the_same_logits(tmp_path: Path, released: str, model
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(
     ("name", "message"),
-    [
-        (
-            "resnet20",
-            r"depth .*--as resnet18",
-        ),
-        ("isqrt-resnet50", r"depth is 50, not 18"),
-    ],
+    [("resnet20", r"depth .*--as resnet18"), ("isqrt-resnet50", r"depth is 50, not 18")],
 )
 def test_another_network_is_refused(weights: Path, name: str, message: str) -> None:
     with pytest.raises(WeightsError, match=message):
@@ -203,10 +197,7 @@ def test_another_network_is_refused(weights: Path, name: str, message: str) -> N
             {"layer1.0.conv1.weight": torch.zeros(8, 8, 1, 1)},
             r"\(8, 8, 1, 1\), not \(8, 8, 3, 3\)",
         ),
-        (
-            {"bn1.bias": torch.full((8,), float("nan"))},
-            "bn1.bias .*not finite",
-        ),
+        ({"bn1.bias": torch.full((8,), float("nan"))}, "bn1.bias .*not finite"),
         ({"bn1.bias": torch.zeros(1).expand(1 << 31)}, "more than 4 GiB"),
         ({"bn1.bias": None}, "bn1.bias is missing"),
         ({"module.bn1.bias": torch.zeros(16)}, "module.bn1.bias"),

@@ -80,10 +80,7 @@ def test_what_the_file_does_not_tell_must_be_set(tmp_path: Path) -> None:
     file, released = tmp_path / "a.pth.tar", f"{NUMBERED}, stride 2, 3 steps"
     for arch in (None, "se_resnet18"):
         training_file(file, released, arch)
-        with pytest.raises(
-            ConfigError,
-            match=r"--option conv5_stride",
-        ):
+        with pytest.raises(ConfigError, match=r"--option conv5_stride"):
             imported(file, "isqrt-resnet50", settings=DEPTH)
 
     given = {**DEPTH, "conv5_stride": 2}
@@ -136,11 +133,7 @@ def test_vgg_weights_give_the_same_logits(
 @pytest.mark.parametrize(
     ("model", "change", "message"),
     [
-        (
-            "mpncov-resnet50",
-            {},
-            "--as isqrt-resnet50 --option depth=18",
-        ),
+        ("mpncov-resnet50", {}, "--as isqrt-resnet50 --option depth=18"),
         ("isqrt-resnet50", {"fc.weight": torch.zeros(5, 8192)}, "to the 8192 inputs"),
     ],
     ids=["another pooling", "no pooling of this size"],

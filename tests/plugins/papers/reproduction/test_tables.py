@@ -143,9 +143,7 @@ def keys(form: OtherForm) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_says_so_if_it_trains_another_form(
-    name: str,
-) -> None:
+def test_a_table_says_so_if_it_trains_another_form(name: str) -> None:
     """An option that is another form in one table is not set in silence in a second one."""
     silent = set()
     for row in TABLES[name].rows:
@@ -200,9 +198,7 @@ TRAINING = {
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_gm_sop_is_trained_as_the_paper_prints(
-    name: str,
-) -> None:
+def test_gm_sop_is_trained_as_the_paper_prints(name: str) -> None:
     network, *schedule = TRAINING[name]
     table, row = name.split("/")
     recipe = read_recipe(*TABLES[table].recipe_of(*TABLES[table].select(row)))
@@ -308,9 +304,7 @@ def test_the_catalog_builds_the_maps_blocks_and_branches_that_a_table_prints(nam
         assert {fact: found[fact] for fact in row.facts} == row.facts, row.id
 
 
-def test_fine_tuning_starts_from_the_network_of_another_table(
-    tmp_path,
-) -> None:
+def test_fine_tuning_starts_from_the_network_of_another_table(tmp_path) -> None:
     options = ReproduceOptions(rows="mpncov-resnet50", out=tmp_path)
 
     def start_weights() -> str:

@@ -165,10 +165,7 @@ def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> N
     }
     for content, problem in cases.items():
         (folder / "labels.csv").write_bytes(content)
-        with pytest.raises(
-            DataError,
-            match=rf"labels\.csv: .*{problem}",
-        ):
+        with pytest.raises(DataError, match=rf"labels\.csv: .*{problem}"):
             open_folder(folder)
 
 
@@ -352,9 +349,7 @@ def test_a_table_that_lists_all_images_is_read_and_others_are_proposed(
     assert len(open_folder(root, setting).train.labels) == 2
 
 
-def test_a_table_of_the_training_part_is_read(
-    tmp_path: Path,
-) -> None:
+def test_a_table_of_the_training_part_is_read(tmp_path: Path) -> None:
     lines = ["id,label", *(f"{name[0]},{label}" for name, label in CATS.items())]
     write_beside(tmp_path / "train", "x.md", [])
     (tmp_path / "test").mkdir()

@@ -214,10 +214,7 @@ def test_images_are_grouped_by_the_match_of_a_pattern(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("pattern", "error", "problem"),
-    [
-        ("^video", DataError, "cat/0.jpg"),
-        ("(", ConfigError, "not a regular expression"),
-    ],
+    [("^video", DataError, "cat/0.jpg"), ("(", ConfigError, "not a regular expression")],
 )
 def test_a_pattern_that_finds_nothing_or_is_invalid_is_an_error(
     tmp_path: Path, pattern: str, error: type[Exception], problem: str
