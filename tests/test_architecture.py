@@ -203,10 +203,8 @@ def test_a_child_process_of_a_test_imports_the_packages_of_this_checkout(
     tmp_path: Path,
 ) -> None:
     find = f"print(*[importlib.util.find_spec(name).origin for name in {list(PACKAGES)}], sep='\\n')"
-    command, paths = (
-        [sys.executable, "-c", f"import importlib.util; {find}"],
-        {"PYTHONPATH": PYTHONPATH},
-    )
+    command = [sys.executable, "-c", f"import importlib.util; {find}"]
+    paths = {"PYTHONPATH": PYTHONPATH}
     found = subprocess.run(
         command, cwd=tmp_path, env=paths, capture_output=True, text=True, check=True
     )

@@ -76,7 +76,8 @@ def test_the_web_application_answers_like_the_server(
     body: bytes, status: str, key: str, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOPDEPLOY_URL", url)
-    example, started = module_at(FOLDER / "gunicorn_app.py"), []
+    example = module_at(FOLDER / "gunicorn_app.py")
+    started = []
     environ = {"CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)}
     (answer,) = example.app(environ, lambda *response: started.append(response))
     example.client().close()
@@ -96,7 +97,8 @@ def test_the_web_application_answers_like_the_server(
 def test_the_web_application_blames_the_photograph_only_for_its_own_errors(
     error: SopdeployError, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    example, started = module_at(FOLDER / "gunicorn_app.py"), []
+    example = module_at(FOLDER / "gunicorn_app.py")
+    started = []
 
     def classify(_body: bytes) -> None:
         raise error

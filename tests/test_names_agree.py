@@ -143,7 +143,8 @@ def calls(function: Function) -> Iterator[tuple[str, list[ast.expr], list[ast.ke
     for node in ast.walk(function):
         if not isinstance(node, ast.Call):
             continue
-        called, arguments = node.func, node.args
+        called = node.func
+        arguments = node.args
         if name_of(called) in ("partial", "to_thread") and arguments:
             called, *arguments = arguments
         is_spread = any(isinstance(one, ast.Starred) for one in arguments)

@@ -262,7 +262,8 @@ def test_running_a_network_writes_nothing_to_the_home_folder(
     module: str, tmp_path: Path
 ) -> None:
     code = f"import sys, {module}, onnxruntime; {SESSION}"
-    bundle, home = write_bundle(tmp_path), tmp_path / "home"
+    bundle = write_bundle(tmp_path)
+    home = tmp_path / "home"
     home.mkdir()
     # With CI or without a home folder, onnxruntime keeps no telemetry anyway.
     kept = {

@@ -90,10 +90,8 @@ def with_manifest(bundle: Path, destination: Path, **changes) -> Path:
 def trained_on(bundle: Path, destination: Path, photos: Path) -> Path:
     """Copy *bundle*, as if it had been trained on *photos*."""
     hashes = tuple(np.unique(hash_images(open_any_images(photos))).tolist())
-    names, counts = (
-        {"run": "r", "run_id": "0", "data": "d"},
-        {"num_images": len(hashes), "num_classes": 7},
-    )
+    names = {"run": "r", "run_id": "0", "data": "d"}
+    counts = {"num_images": len(hashes), "num_classes": 7}
     origin = Origin(started=utc_now(), sample=hashes, **names, **counts)
     return with_manifest(bundle, destination, origin=origin)
 
@@ -498,7 +496,8 @@ def test_a_recorded_move_that_was_not_made_is_made_again(bundles, shelf) -> None
 def test_a_live_link_to_a_link_moves_back_to_the_live_bundle(bundles, shelf) -> None:
     """`latest` leads to the newer bundle when somebody rolls back."""
     first, second = (bundle.name for bundle in bundles)
-    live, latest = shelf / "live", shelf / "latest"
+    live = shelf / "live"
+    latest = shelf / "latest"
     latest.symlink_to(first)
     live.unlink()
     live.symlink_to("latest")
@@ -561,7 +560,8 @@ def test_the_evaluation_of_a_bundle_tells_its_number_of_training_images(
     bundles, labelled, tmp_path
 ) -> None:
     photos = labelled(bundles[0])
-    count, notes = len(list(photos.rglob("*.png"))), []
+    count = len(list(photos.rglob("*.png")))
+    notes = []
     trained = trained_on(bundles[0], tmp_path / "trained", photos)
     for bundle in (trained, bundles[0]):
         scores_of_bundle(bundle, photos, on_image=lambda *_: None, log=notes.append)

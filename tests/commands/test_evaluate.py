@@ -46,7 +46,8 @@ from tests.sopdeploy.data.folders.test_folder import make
 from tests.sopdeploy.training.runs import train_with_page
 from tests.support.two_objects import CLASSES, draw_scenes
 
-TINY, RULES = Preprocess(resize=4, crop=4), Preprocess(resize=18, crop=16)
+TINY = Preprocess(resize=4, crop=4)
+RULES = Preprocess(resize=18, crop=16)
 
 
 class FromPixels(nn.Module):
@@ -108,7 +109,8 @@ def test_a_diverged_network_and_an_empty_dataset_are_errors() -> None:
 def stored(tmp_path) -> Path:
     """Write a checkpoint of a new network for the classes b and a, in this order."""
     torch.manual_seed(0)
-    model, config = "dsop-resnet8", {"base_width": 4}
+    model = "dsop-resnet8"
+    config = {"base_width": 4}
     weights = create_model(model, num_classes=2, **config).state_dict()
     write_checkpoint(
         tmp_path / "ckpt.pt",
@@ -135,11 +137,10 @@ def measured(stored: Path, data: Path, **options: Any) -> ClassificationReport:
 
 def test_classes_are_matched_by_name(stored, tmp_path) -> None:
     make(tmp_path / "val", a=3, b=4)
-    model, normalize = (
-        build_classifier(read_checkpoint(stored), stored),
-        Normalize(RULES, torch.contiguous_format),
-    )
-    right, losses = 0, []
+    model = build_classifier(read_checkpoint(stored), stored)
+    normalize = Normalize(RULES, torch.contiguous_format)
+    right = 0
+    losses = []
     for target, name in enumerate(("b", "a")):
         for path in (tmp_path / "val" / name).iterdir():
             pixels = preprocess_image(Image.open(path), RULES)
@@ -334,10 +335,8 @@ def test_thresholds_maximize_f1_and_move_to_one_half_for_rare_classes() -> None:
 
 
 def test_the_loss_averages_classes_and_smooths_towards_one_half() -> None:
-    logits, labels = (
-        torch.randn(3, 4, dtype=torch.float64),
-        torch.tensor([[0.0, 1, 0, 1]]).repeat(3, 1),
-    )
+    logits = torch.randn(3, 4, dtype=torch.float64)
+    labels = torch.tensor([[0.0, 1, 0, 1]]).repeat(3, 1)
     target = labels.double() * 0.8 + 0.1
     expected = torch.nn.functional.binary_cross_entropy(
         logits.sigmoid(), target, reduction="none"

@@ -18,7 +18,9 @@ from sopdeploy_commands.predict import predict
 from tests.support.pictures import encoded
 
 WIDE = np.zeros((40, 90, 3), np.uint8)  # what is cropped depends on whether it is turned
-WIDE[:, :45], WIDE[:, 45:], WIDE[:12] = (200, 30, 60), (10, 90, 220), (90, 160, 30)
+WIDE[:, :45] = (200, 30, 60)
+WIDE[:, 45:] = (10, 90, 220)
+WIDE[:12] = (90, 160, 30)
 PICTURE = Image.fromarray(WIDE)
 GRAY = PICTURE.convert("L")
 

@@ -36,7 +36,8 @@ sys.meta_path[:] = [Installed if finder is PathFinder else finder for finder in 
 
 def installation(*extras: str) -> set[str]:
     """Names of the distributions of `pip install sopdeploy[EXTRAS]`, as far as they are installed."""
-    found, waiting = set(), [("sopdeploy", extra) for extra in ("", *extras)]
+    found = set()
+    waiting = [("sopdeploy", extra) for extra in ("", *extras)]
     while waiting:
         name, extra = waiting.pop()
         found.add((name, extra))

@@ -59,7 +59,8 @@ def moves_of(folder: Path) -> list[tuple[str | None, str, bool]]:
 def test_a_link_leads_to_one_of_two_bundles_and_moves_are_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, is_back: bool
 ) -> None:
-    start, folder = tmp_path / "start", tmp_path / "bundles"
+    start = tmp_path / "start"
+    folder = tmp_path / "bundles"
     start.mkdir()
     first, second = (write_bundle(start, seed=seed).name for seed in (0, 1))
     promote(start / first, start / "live")
@@ -133,7 +134,8 @@ def test_each_image_has_one_row_after_the_command_is_repeated(
     for number in range(6):
         (photographs / f"{number}.jpg").write_bytes(picture_bytes((20 * number, 100, 50)))
 
-    start, folder = tmp_path / "start", tmp_path / "out"
+    start = tmp_path / "start"
+    folder = tmp_path / "out"
     start.mkdir()
     options = OPTIONS if out == "rows" else ClassifyOptions()
 

@@ -21,7 +21,8 @@ def test_unknown_images_may_be_in_a_flat_folder(
     flat = tmp_path / "flat"
     shutil.copytree(next(photos.iterdir()), flat)
     settings = ("model.name=resnet8", "preprocess.crop=16", "procedure.kind=few_shot")
-    callback, warnings = Callback(), list[str]()
+    callback = Callback()
+    warnings = list[str]()
     monkeypatch.setattr(callback, "on_warning", warnings.append)
     next(flat.iterdir()).rename(flat / f"{0:032x}.png")  # as a server names what it keeps
     train(

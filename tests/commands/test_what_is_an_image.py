@@ -24,7 +24,8 @@ from tests.support.pictures import encoded
 from tests.support.service import LABELS
 
 PICTURE = Image.radial_gradient("L").convert("RGB")
-JPEG, PNG = encoded(PICTURE, "JPEG"), encoded(PICTURE, "PNG")
+JPEG = encoded(PICTURE, "JPEG")
+PNG = encoded(PICTURE, "PNG")
 # As phones write them
 SEVERAL = encoded(PICTURE, "MPO", save_all=True, append_images=[PICTURE])
 WEB_PAGE = b"\n<!DOCTYPE html><html><title>404</title></html>"

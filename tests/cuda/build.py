@@ -68,7 +68,8 @@ def symbols(provider: str) -> dict[str, set[str]]:
 def build(folder: Path) -> None:
     """Compile one library for each that the provider in *folder* needs."""
     written = (HERE / "cudart.c").read_text(encoding="utf-8")
-    sources, headers = folder / "sources", folder / "headers" / "nvidia" / "cu13" / "include"
+    sources = folder / "sources"
+    headers = folder / "headers" / "nvidia" / "cu13" / "include"
     sources.mkdir(exist_ok=True)
     for library, names in symbols(str(folder / PROVIDER)).items():
         runtime = library.startswith("libcudart")

@@ -29,7 +29,9 @@ def reading_shapes(*values: str) -> onnx.ModelProto:
     """Return a network with one convolution that expands a constant to the number of rows of each value."""
     model = network(half=True)
     for name in values:
-        rows, size, expanded = f"{name}_rows", f"{name}_size", f"{name}_expanded"
+        rows = f"{name}_rows"
+        size = f"{name}_size"
+        expanded = f"{name}_expanded"
         model.graph.node.extend(
             [
                 helper.make_node("Shape", [name], [rows], start=0, end=1),

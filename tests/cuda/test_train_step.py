@@ -32,7 +32,8 @@ pytestmark = [
 def test_a_training_step_stays_on_the_gpu_in_every_precision(
     names: list[str], tmp_path: Path
 ) -> None:
-    compiler, library = shutil.which("gcc"), tmp_path / "device.so"
+    compiler = shutil.which("gcc")
+    library = tmp_path / "device.so"
     assert compiler
 
     headers = FOLDER / "headers" / "nvidia" / "cu13" / "include"

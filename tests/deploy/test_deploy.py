@@ -271,7 +271,8 @@ def test_every_selector_has_both_labels_of_the_pods(everything) -> None:
 
 
 def test_an_init_container_fills_the_folder_that_the_server_reads() -> None:
-    given, pod = VALUES["with everything"], pod_of_chart("with everything")
+    given = VALUES["with everything"]
+    pod = pod_of_chart("with everything")
     (server,) = pod["containers"]
     assert pod["initContainers"] == [FILL]
     assert {"name": "models", "emptyDir": {}} in pod["volumes"]
@@ -444,7 +445,8 @@ def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(
     tmp_path: Path,
 ) -> None:
     """Prometheus sees no increase in a series that begins at 1."""
-    metrics, series = Metrics(), r"increase\((\w+)\{(.*?)\}\[\w+\]\)+ > 0"
+    metrics = Metrics()
+    series = r"increase\((\w+)\{(.*?)\}\[\w+\]\)+ > 0"
     Keeper(tmp_path / "kept", Settings(), metrics, lambda image: (image, ""))
     page = generate_latest(metrics.registry).decode()
     found = re.findall(series, (CHART / "alerts.yaml").read_text(encoding="utf-8"))
@@ -563,11 +565,10 @@ def kserve_pod() -> dict[str, Any]:
 def test_the_kserve_runtime_matches_the_schemas_and_its_service() -> None:
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": kserve_pod()}
     kubernetes_validate.validate(pod, KUBERNETES, strict=True)
-    (runtime,), (service,) = documents("kserve/runtime.yaml"), documents("kserve/service.yaml")
-    model, formats = (
-        service["spec"]["predictor"]["model"],
-        runtime["spec"]["supportedModelFormats"],
-    )
+    (runtime,) = documents("kserve/runtime.yaml")
+    (service,) = documents("kserve/service.yaml")
+    model = service["spec"]["predictor"]["model"]
+    formats = runtime["spec"]["supportedModelFormats"]
 
     assert model["runtime"] == runtime["metadata"]["name"]
     assert model["modelFormat"] in [
@@ -622,7 +623,8 @@ def test_servers_have_probes_on_one_of_their_ports(container: dict[str, Any]) ->
 
 @pytest.mark.parametrize("name", PODS)
 def test_pods_run_as_non_root_roll_out_and_stop_cleanly(name: str) -> None:
-    pod, surge = PODS[name], "10%" if name == "the chart with everything" else 1
+    pod = PODS[name]
+    surge = "10%" if name == "the chart with everything" else 1
     rolling = {
         "type": "RollingUpdate",
         "rollingUpdate": {"maxUnavailable": 0, "maxSurge": surge},

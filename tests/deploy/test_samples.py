@@ -144,7 +144,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [library] = Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.1*")
     folder = tmp_path_factory.mktemp("sample")
     (folder / "libonnxruntime.so.1").symlink_to(library)
-    source, program = SAMPLES / "cpp" / "classify.cpp", folder / "classify"
+    source = SAMPLES / "cpp" / "classify.cpp"
+    program = folder / "classify"
     options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-isystem", INCLUDE[2:]]
     libraries = ["-ljpeg", library, f"-Wl,-rpath,{folder}"]
     subprocess.run(["g++", *options, source, "-o", program, *libraries], check=True)

@@ -92,7 +92,9 @@ def test_the_files_that_a_release_changes_have_the_version() -> None:
 
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 PYTHONS = ("3.11", "3.12", "3.13")
-LINUX, ARM, MACOS = "x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin"
+LINUX = "x86_64-manylinux_2_28"
+ARM = "aarch64-manylinux_2_28"
+MACOS = "aarch64-apple-darwin"
 OLDEST_MACOS = "14.0"  # of onnxruntime
 ARM_OF_OPENVINO = "aarch64-manylinux_2_35"
 PLATFORMS = {

@@ -25,7 +25,8 @@ def title(value: object) -> str:
 def resolve(words: list[str]) -> tuple[Any, list[str]]:
     """Resolve the (sub)command at the start of *words*; return it and the remaining words."""
     assert words[0] in COMMANDS.commands
-    command, rest = COMMANDS.commands[words[0]], words[1:]
+    command = COMMANDS.commands[words[0]]
+    rest = words[1:]
     while hasattr(command, "commands") and rest:
         assert rest[0] in command.commands
         command, rest = command.commands[rest[0]], rest[1:]

@@ -28,7 +28,8 @@ def test_digits_are_learned_on_cuda(tmp_path: Path) -> None:
 def test_an_engine_is_built_once_and_overlapping_batches_give_their_own_outputs(
     tmp_path: Path,
 ) -> None:
-    bundle, options = write(tmp_path), EngineOptions(profiles="1,4,16")
+    bundle = write(tmp_path)
+    options = EngineOptions(profiles="1,4,16")
     assert [get_engine(bundle, options).reason is None for _ in range(2)] == [False, True]
 
     runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt"))

@@ -35,9 +35,12 @@ pytestmark = pytest.mark.slow
 SERVICE = Path(__file__).parents[2] / "service" / "sopdeploy_service"
 SIZE = 15_000  # bytes of a body; the test also sends twice as many
 # The server accepts 32,000, 8,000 and 10,000
-HEADER_SIZE, URL_SIZE, LABEL_SIZE = (4_000, 1_000, 4_900)
+HEADER_SIZE = 4_000
+URL_SIZE = 1_000
+LABEL_SIZE = 4_900
 # Of any request, and what differs from one run to the next
-FREE_CALLS, FREE_BYTES = (3_000, 300_000)
+FREE_CALLS = 3_000
+FREE_BYTES = 300_000
 CALLS_PER_BYTE, BYTES_PER_BYTE = 10, 160  # two brackets become a list of almost 300 bytes
 
 
@@ -152,7 +155,8 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 @pytest.fixture(scope="module")
 def service(bundle, loop, tmp_path_factory) -> Iterator[Site]:
     keys = tmp_path_factory.mktemp("keys") / "keys.toml"
-    secret, limited = new_key(keys, "app"), new_key(keys, "limited", 1e-6)
+    secret = new_key(keys, "app")
+    limited = new_key(keys, "limited", 1e-6)
     settings = Settings(
         keys=keys, trusted_proxies="127.0.0.1", allowed_hosts="*.shop.example,bücher.example"
     )
@@ -167,17 +171,16 @@ def service(bundle, loop, tmp_path_factory) -> Iterator[Site]:
         patch.setattr("sopdeploy_service.observability.pages.SHARED_SECONDS", 3600.0)
         app.state.service._is_started = True
         app.state.service.parsers = InThisThread()
-        own, of_limited = (
-            {"host": b"localhost", "x-api-key": secret.encode()},
-            {"x-api-key": limited.encode()},
-        )
+        own = {"host": b"localhost", "x-api-key": secret.encode()}
+        of_limited = {"x-api-key": limited.encode()}
         yield Site(app, loop, own, of_limited)
 
 
 def check_cost(site: Site, size: int, request: Callable[[int], tuple[Any, ...]]) -> set[int]:
     """Check the costs of the requests of *size* and twice as much; return the statuses."""
     site.send(*request(size))  # fills caches
-    (small, once), (large, twice) = site.cost(*request(size)), site.cost(*request(2 * size))
+    (small, once) = site.cost(*request(size))
+    (large, twice) = site.cost(*request(2 * size))
     for reply in (small, large):
         assert reply.status < 500, reply
         assert len(reply.body) < 2 * URL_SIZE or reply.status < 400, reply.body[:500]
@@ -260,7 +263,8 @@ FIELDS = {
         "the body": b"%b",
     },
 }
-INFER, VERSIONED = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
+INFER = "/v2/models/{name}/infer"
+VERSIONED = "/v2/models/{name}/versions/{version}/infer"
 # Routes that read JSON, and their models
 MODELS = {"/v1/classify": ClassifyRequest, "/invocations": ClassifyRequest, INFER: InferBody}
 # Fields without a maximum length, which the size of the body limits
@@ -328,7 +332,8 @@ def path_of(route: str, bundle_id: str) -> str:
     [(route, field) for route, model in MODELS.items() for field in FIELDS[model]],
 )
 def test_any_value_in_json_costs_as_much_as_its_size(service, bundle, route, field) -> None:
-    path, template = path_of(route, bundle.manifest.id), FIELDS[MODELS[route]][field]
+    path = path_of(route, bundle.manifest.id)
+    template = FIELDS[MODELS[route]][field]
     statuses: set[int] = set()
     for value in VALUES.values():
 
@@ -347,10 +352,8 @@ def test_any_value_in_json_costs_as_much_as_its_size(service, bundle, route, fie
 
 
 FORM = {"content-type": b"multipart/form-data; boundary=XX"}
-RAW, CURL = (
-    {"content-type": b"image/png"},
-    {"content-type": b"application/x-www-form-urlencoded"},
-)
+RAW = {"content-type": b"image/png"}
+CURL = {"content-type": b"application/x-www-form-urlencoded"}
 PART = b'--XX\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
 END = b"\r\n--XX--\r\n"
 PIXELS_OF = (

@@ -52,7 +52,8 @@ def rejecting_all(bundle: Bundle) -> Bundle:
 def photos(count: int) -> list[bytes]:
     """JPEGs of random cells with a place in their EXIF data."""
     exif = Image.Exif()
-    exif[0x0112], exif.get_ifd(0x8825)[27] = 6, b"SECRET"
+    exif[0x0112] = 6
+    exif.get_ifd(0x8825)[27] = b"SECRET"
     found = []
     for seed in range(count):
         cells = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
@@ -183,7 +184,8 @@ def test_an_unknown_photo_is_kept_below_its_predicted_class_without_its_place(
     assert b"SECRET" in body
     assert b"SECRET" not in kept
 
-    before, after = Image.open(io.BytesIO(body)), Image.open(io.BytesIO(kept))
+    before = Image.open(io.BytesIO(body))
+    after = Image.open(io.BytesIO(kept))
     assert dict(after.getexif()) == {0x0112: 6}
     assert np.array_equal(np.asarray(before), np.asarray(after))
 
@@ -266,7 +268,8 @@ class KeeperOfTests(Keeper):
     """A keeper without decoder processes, to which a test offers photos that *bundle* predicts."""
 
     def __init__(self, folder: Path, bundle: Bundle, settings: Settings = UNSAMPLED) -> None:
-        self.metrics, self.served = Metrics(), SimpleNamespace(name="tiny", bundle=bundle)
+        self.metrics = Metrics()
+        self.served = SimpleNamespace(name="tiny", bundle=bundle)
         super().__init__(folder, settings, self.metrics, copy_without_metadata)
 
     def take(self, *bodies: bytes, reported: str | None = None) -> None:
@@ -289,7 +292,8 @@ class KeeperOfTests(Keeper):
 
 
 def test_a_full_queue_drops_and_counts(bundle, monkeypatch, tmp_path) -> None:
-    keeper, bodies = KeeperOfTests(tmp_path, rejecting_all(bundle)), photos(6)
+    keeper = KeeperOfTests(tmp_path, rejecting_all(bundle))
+    bodies = photos(6)
     monkeypatch.setattr(keep, "MAX_QUEUED_PHOTOS", 3)
     keeper.take(*bodies[:5])
 
@@ -321,7 +325,8 @@ def test_a_damaged_file_and_a_bug_do_not_end_keeping(
     bundle, caplog, tmp_path, monkeypatch
 ) -> None:
     good, bug, last = photos(3)
-    keeper, add = KeeperOfTests(tmp_path, rejecting_all(bundle)), KeptFolder.add
+    keeper = KeeperOfTests(tmp_path, rejecting_all(bundle))
+    add = KeptFolder.add
 
     def add_or_fail(self: KeptFolder, name: str, *values: Any) -> str:
         if name.startswith(id_of(bug)):
@@ -490,7 +495,8 @@ def test_photos_expire_and_what_others_deleted_is_not_an_error(
 
 
 def test_a_photo_that_cannot_be_deleted_keeps_no_other_one(tmp_path: Path, monkeypatch) -> None:
-    kept, unlink = kept_folder(tmp_path, days=1), Path.unlink
+    kept = kept_folder(tmp_path, days=1)
+    unlink = Path.unlink
 
     def refuse(path: Path, **options: bool) -> None:
         if path.name == name_of(0):
@@ -540,7 +546,8 @@ def test_photos_expire_while_nothing_is_sent(bundle, onnx_runtime, tmp_path: Pat
 
 
 def test_only_the_owner_can_read_the_keys(tmp_path: Path) -> None:
-    folder, mask = tmp_path / "new" / "kept", os.umask(0)
+    folder = tmp_path / "new" / "kept"
+    mask = os.umask(0)
     try:
         assert kept_folder(folder).add(name_of(0), PHOTO, fields()) == "kept"
     finally:
@@ -618,7 +625,9 @@ TIME = keep.datetime.now(keep.UTC)
 def test_a_process_killed_at_any_step_loses_no_photo(tmp_path: Path, loss: str) -> None:
     """It adds a photo, for which the oldest one makes room, and then predicts another class for it."""
     bodies = {number: b"%d" % number * 4096 for number in range(3)}
-    start, folder, said = tmp_path / "start", tmp_path / "kept", tmp_path / "said"
+    start = tmp_path / "start"
+    folder = tmp_path / "kept"
+    said = tmp_path / "said"
     for number in (0, 1):
         kept_folder(start, 2).add(name_of(number), bodies[number], fields())
         os.utime(start / "cat" / name_of(number), (time.time() - 9 + number,) * 2)
@@ -654,7 +663,8 @@ def test_a_process_killed_at_any_step_loses_no_photo(tmp_path: Path, loss: str) 
 
 @pytest.mark.slow
 def test_two_servers_share_a_folder_while_one_is_killed(tmp_path: Path) -> None:
-    kept, live = tmp_path / "kept", tmp_path / "live"
+    kept = tmp_path / "kept"
+    live = tmp_path / "live"
     bundles = [write_bundle(tmp_path / f"bundle-{seed}", seed=seed) for seed in (0, 1)]
     live.symlink_to(bundles[0])
     options = (str(live), f"--setting=keep={kept}", "--setting=keep_sample=1")

@@ -295,12 +295,14 @@ def test_a_stopped_run_of_a_later_version_names_who_resumes_it(
     monkeypatch.setattr(loop_run, "fit_loop", lambda *_: (SimpleNamespace(seen=None), {}))
     path = files / "stopped" / "last.pt"
     fields = load_plain(path, path.read_bytes())
-    training, resume = fields["training"], fields["resume"]
+    training = fields["training"]
+    resume = fields["resume"]
     training["versions"]["sopdeploy"] = LATER
     tensors = {name: resume.pop(name) for name in ("weights", "optimizer", "held_out")}
 
     def read(changed: Any) -> None:
-        recipe, state = changed.pop("recipe"), {**changed.pop("resume"), **tensors}
+        recipe = changed.pop("recipe")
+        state = {**changed.pop("resume"), **tensors}
         torch.save(
             {**fields, **changed, "training": {**training, "recipe": recipe}, "resume": state},
             path,

@@ -162,17 +162,16 @@ MAX_ERRORS = 1_100  # those of missing fields and of a thousand unknown keys
 def test_twice_the_json_costs_at_most_twice_as_much(
     member: str, model: type[StrictModel]
 ) -> None:
-    write, parse = (
-        JSON[member],
-        Manifest.from_bytes if model is Manifest else model.model_validate_json,
-    )
+    write = JSON[member]
+    parse = Manifest.from_bytes if model is Manifest else model.model_validate_json
 
     def cost(n: int) -> int:
         inner = write(n)
         documents = (inner, b'{"%s":%s}' % (FIELDS[model].encode(), inner))
         return max(peak_bytes(lambda raw=raw: reject(lambda: parse(raw))) for raw in documents)
 
-    few, many = cost(30_000), cost(60_000)
+    few = cost(30_000)
+    many = cost(60_000)
     assert many <= TWICE * few + 20_000
     assert many < 200 * 60_000
 
@@ -185,7 +184,8 @@ def test_class_names_in_json_cost_at_most_twice_as_much(member: str) -> None:
             return peak_bytes(lambda: read_labels(raw))
         return peak_bytes(lambda: reject(lambda: read_labels(raw)))
 
-    few, many = cost(30_000), cost(60_000)
+    few = cost(30_000)
+    many = cost(60_000)
     assert many <= TWICE * few + 20_000
 
 
@@ -194,7 +194,8 @@ NOT_READ = {"default", "metadata", "serialization"}  # of a core schema
 
 def lists_of(schema: Any) -> list[Any]:
     """List the schemas of lists, sets and dicts in the core *schema*."""
-    found, waiting = [], [schema]
+    found = []
+    waiting = [schema]
     while waiting:
         part = waiting.pop()
         if isinstance(part, dict):
@@ -210,7 +211,8 @@ def lists_of(schema: Any) -> list[Any]:
 
 
 def test_every_model_ends_at_the_first_wrong_element_and_limits_lengths() -> None:
-    waiting, models = [StrictModel], set[type[StrictModel]]()
+    waiting = [StrictModel]
+    models = set[type[StrictModel]]()
     while waiting:
         model = waiting.pop()
         models.add(model)
@@ -382,9 +384,11 @@ def with_another_list(raw: bytes) -> bytes:
     Others take the one to which the end points. In the new list, the tensor has no bytes.
     """
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        first, names = archive.start_dir, archive.namelist()
+        first = archive.start_dir
+        names = archive.namelist()
     end = raw.rindex(b"PK\5\6")
-    entries, position = bytearray(raw[first:end]), 0
+    entries = bytearray(raw[first:end])
+    position = 0
 
     for name in names:
         # Relative to what precedes the archive
@@ -425,7 +429,8 @@ def test_what_only_the_reader_of_torch_finds_in_an_archive_is_counted(tmp_path: 
 
 
 def test_a_list_that_is_named_twice_is_read(tmp_path: Path, content: dict[str, Any]) -> None:
-    path, twice = tmp_path / "best.pt", [1, 2]
+    path = tmp_path / "best.pt"
+    twice = [1, 2]
     torch.save({**content, "training": {"a": twice, "b": twice, "c": ({"d": twice},)}}, path)
 
     assert read_checkpoint(path).training["c"] == ({"d": [1, 2]},)

@@ -23,7 +23,9 @@ START_SECONDS = 90.0  # far more than a start takes on a busy machine
 SERVE = ("-m", "sopdeploy", "serve")
 
 # How a server runs -> flags. Tests with this table demand the same behavior of all.
-ONE_PROCESS, TWO_DEVICES, FRONT_ENDS = "one process", "two devices", "front ends"
+ONE_PROCESS = "one process"
+TWO_DEVICES = "two devices"
+FRONT_ENDS = "front ends"
 WAYS: dict[str, tuple[str, ...]] = {
     ONE_PROCESS: (),
     TWO_DEVICES: ("--devices", "cpu,cpu"),

@@ -37,8 +37,10 @@ class Child(pool.DecoderProcess):
         """Let the child decode *images*, each as soon as it has the one before."""
 
         async def run() -> list[pool.Reply | pool.ChildEnded]:
-            size, loop = math.prod((RULES.crop, RULES.crop, 3)), asyncio.get_running_loop()
-            rules, sizes = RULES.model_dump_json().encode(), range(size, size + 1)
+            size = math.prod((RULES.crop, RULES.crop, 3))
+            loop = asyncio.get_running_loop()
+            rules = RULES.model_dump_json().encode()
+            sizes = range(size, size + 1)
             requests = [
                 pool.Request(
                     image, rules, child.PIXELS, sizes, loop.create_future(), 0, seconds

@@ -51,10 +51,8 @@ FIELDS: dict[str, Any] = {
 
 def proof_files(root: str, tolerance: float = 0.0, **fields: Any) -> dict[str, bytes]:
     """The reports on a graph with *root* and manifest *fields*; they explain *tolerance* of the logits."""
-    detached, precision = (
-        fields.get("detached", FIELDS["detached"]),
-        fields.get("precision", "fp32"),
-    )
+    detached = fields.get("detached", FIELDS["detached"])
+    precision = fields.get("precision", "fp32")
     proof: ProofKind = "three-way" if detached else "trained-plain"
     roots = {"any_batch": FIELDS["lineage"].program_root, "onnx": root, "shipped": root}
     drift = {"noise_floor": tolerance / 16, "drift": {"1": 0.0}, "batch_difference": 0.0}

@@ -47,7 +47,8 @@ def webp_codes(width: int, height: int, cache_bits: int = 0) -> bytes:
     libwebp builds tables of several kB for each of up to 65536 blocks. The color cache has
     2***cache_bits* entries, none for 0.
     """
-    across, down = -(-width // 4), -(-height // 4)
+    across = -(-width // 4)
+    down = -(-height // 4)
     groups = min(1 << 16, across * down)
     lengths = (
         (0, 1),
@@ -115,7 +116,8 @@ def jpeg(
         for number in range(1, components + 1)
     )
     frame = struct.pack(">BHH", 8, height, width) + parts
-    across, down = sampling >> 4, sampling & 15
+    across = sampling >> 4
+    down = sampling & 15
     units = -(-width // (8 * across)) * -(-height // (8 * down))
     per_unit = (across * down + components - 1) if components > 1 else 1
     selected = b"".join(bytes([number, 0]) for number in range(1, components + 1))

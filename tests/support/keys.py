@@ -11,7 +11,8 @@ from sopdeploy.bundle.signing import signature_path
 
 def write_key(path: Path) -> Path:
     """Write a private key to *path* and its public key to `path.pub`; return the path of the public key."""
-    key, public = ec.generate_private_key(ec.SECP256R1()), path.with_name(f"{path.name}.pub")
+    key = ec.generate_private_key(ec.SECP256R1())
+    public = path.with_name(f"{path.name}.pub")
     path.write_bytes(
         key.private_bytes(
             serialization.Encoding.PEM,

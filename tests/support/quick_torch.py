@@ -22,10 +22,8 @@ from torch.onnx._internal.exporter import _registration as registration
 FORMS = "get_torchlib_ops"
 IMPLICIT = "CompositeImplicitAutograd"
 UNDIFFERENTIABLE = "autograd_not_implemented"
-GRADIENT_KEYS, KERNEL_KEYS = (
-    "_AUTOGRAD_ALIAS_BACKEND_KEYS_TO_OVERRIDE",
-    "_BACKEND_KEYS_TO_OVERRIDE",
-)
+GRADIENT_KEYS = "_AUTOGRAD_ALIAS_BACKEND_KEYS_TO_OVERRIDE"
+KERNEL_KEYS = "_BACKEND_KEYS_TO_OVERRIDE"
 INITIALIZERS = (
     "constant_",
     "kaiming_normal_",
@@ -35,10 +33,8 @@ INITIALIZERS = (
     "uniform_",
     "zeros_",
 )
-COLLECT, COLLECT_ATEN = (
-    "_collect_all_valid_cia_ops",
-    "_collect_all_valid_cia_ops_for_aten_namespace",
-)
+COLLECT = "_collect_all_valid_cia_ops"
+COLLECT_ATEN = "_collect_all_valid_cia_ops_for_aten_namespace"
 
 
 @functools.cache

@@ -217,7 +217,8 @@ def running(
         in_a_thread(http_config(app, settings)) as (server, address),
         Client(base_url=address, timeout=60, limits=limits) as client,
     ):
-        client.app, client.loop = app, server.servers[0].get_loop()
+        client.app = app
+        client.loop = server.servers[0].get_loop()
         yield client
 
 

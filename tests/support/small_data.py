@@ -48,7 +48,8 @@ def write_cifar(root: Path, kind: str, monkeypatch: Any) -> Path:
     official: Any = getattr(torchvision.datasets, kind.upper())
     rng = np.random.default_rng(0)
     classes = 10 if kind == "cifar10" else 100
-    base, key = root / official.base_folder, "labels" if classes == 10 else "fine_labels"
+    base = root / official.base_folder
+    key = "labels" if classes == 10 else "fine_labels"
     for attribute in ("train_list", "test_list"):
         files = []
         for name, _ in getattr(official, attribute):

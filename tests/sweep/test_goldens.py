@@ -32,7 +32,8 @@ def test_counts_and_outputs_match_the_golden(family: str, pytestconfig: pytest.C
 
     assert found.keys() == expected.keys()
     for model, figures in found.items():
-        outputs, printed = figures.pop("outputs"), expected[model].pop("outputs")
+        outputs = figures.pop("outputs")
+        printed = expected[model].pop("outputs")
         assert outputs.keys() == printed.keys(), model
         for output, values in printed.items():
             for row, row_printed in zip(outputs[output], values, strict=True):

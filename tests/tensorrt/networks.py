@@ -14,7 +14,9 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
 from tests.support.forged import write_computed
 
-SIDE, CHANNELS, CLASSES = 8, 4, 5
+SIDE = 8
+CHANNELS = 4
+CLASSES = 5
 RULES = Preprocess(resize=SIDE, crop=SIDE)
 
 
@@ -89,10 +91,8 @@ def write(
     images = some_images(probes)
     half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
     tolerance = 0.1 if half else 1e-5 * float(abs(outputs_of(model, images)).max())
-    labels, batch = (
-        [f"class {i}" for i in range(CLASSES)],
-        BatchRange(minimum=1, optimum=4, maximum=16),
-    )
+    labels = [f"class {i}" for i in range(CLASSES)]
+    batch = BatchRange(minimum=1, optimum=4, maximum=16)
     options = {"config": {}, "detached": (), "batch": batch, **fields}
     return open_bundle(
         write_computed(

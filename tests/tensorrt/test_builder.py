@@ -38,7 +38,9 @@ def build(
 
 @pytest.mark.parametrize("half", [False, True])
 def test_the_linted_graph_builds_and_the_raw_one_fails(trt: RealTensorRT, half: bool) -> None:
-    told, model, images = list[str](), network(half=half), some_images(5)
+    told = list[str]()
+    model = network(half=half)
+    images = some_images(5)
     before = model.SerializeToString()
     safe = cast_images_first(model)
     assert model.SerializeToString() == before
@@ -88,7 +90,8 @@ def test_control_c_stops_a_build(trt: RealTensorRT) -> None:
 
 
 def test_a_shape_of_the_images_is_taken_after_their_cast() -> None:
-    model, images = network(), some_images(5)
+    model = network()
+    images = some_images(5)
     dynamic = helper.make_node("Shape", ["images"], ["count"], name="count", start=0, end=1)
     rest = numpy_helper.from_array(np.array([CHANNELS, -1]), "rest")
     rows = helper.make_node("Concat", ["count", "rest"], ["rows"], name="rows", axis=0)

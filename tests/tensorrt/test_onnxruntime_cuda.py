@@ -154,16 +154,19 @@ def test_the_batches_of_a_session_with_planned_convolutions_have_one_size(
     def session(path: str, options: Any, **_: Any) -> Any:
         if len(found) == memory:
             raise RuntimeError("Failed to allocate memory for requested buffer of size 9")
-        made, sizes = onnxruntime.InferenceSession(path, options, providers=[CPU]), list[int]()
+        made = onnxruntime.InferenceSession(path, options, providers=[CPU])
+        sizes = list[int]()
         found.append(sizes)
-        run, assigned = made.run, SimpleNamespace(ep_name=CUDA, get_nodes=lambda: [node])
+        run = made.run
+        assigned = SimpleNamespace(ep_name=CUDA, get_nodes=lambda: [node])
 
         def recorded(names: list[str], values: dict[str, Any]) -> Any:
             sizes.append(len(values["images"]))
             return run(names, values)
 
         node = SimpleNamespace(op_type=operator)
-        made.run, made.get_providers = recorded, lambda: [CUDA, CPU]
+        made.run = recorded
+        made.get_providers = lambda: [CUDA, CPU]
         made.get_provider_graph_assignment_info = lambda: [assigned]
         return made
 
@@ -189,7 +192,8 @@ def test_the_layout_of_a_graph_in_fp16_is_chosen_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bundle, asked = write(tmp_path, network(half=True), precision="fp16"), list[str | None]()
+    bundle = write(tmp_path, network(half=True), precision="fp16")
+    asked = list[str | None]()
 
     def session(path: str, options: Any, providers: Any, **_: Any) -> Any:
         ((_, chosen),) = providers
@@ -197,10 +201,8 @@ def test_the_layout_of_a_graph_in_fp16_is_chosen_once(
         made = onnxruntime.InferenceSession(path, options, providers=[CPU])
         nodes = [SimpleNamespace(op_type=operator) for operator in operators]
         assigned = SimpleNamespace(ep_name=CUDA, get_nodes=lambda: nodes)
-        made.get_providers, made.get_provider_options = (
-            lambda: [CUDA, CPU],
-            lambda: {CUDA: chosen},
-        )
+        made.get_providers = lambda: [CUDA, CPU]
+        made.get_provider_options = lambda: {CUDA: chosen}
         made.get_provider_graph_assignment_info = lambda: [assigned]
         return made
 
@@ -215,7 +217,8 @@ def test_the_layout_of_a_graph_in_fp16_is_chosen_once(
 def test_int8_runs_on_cuda_only_if_it_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle, asked = write(tmp_path, precision="int8"), []
+    bundle = write(tmp_path, precision="int8")
+    asked = []
 
     def session(*_: Any, providers: Any, **__: Any) -> Any:
         asked.append(providers)

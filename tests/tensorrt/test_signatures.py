@@ -97,7 +97,8 @@ def test_tensorrt_has_the_methods_that_run_an_engine() -> None:
 def test_tensorrt_builds_with_the_methods_of_the_builder_that_tests_use() -> None:
     if real_tensorrt() is None:
         pytest.skip("tensorrt-rtx-cu13 is not installed")
-    real, sibling = methods_of("tensorrt"), methods_of("tensorrt_rtx")
+    real = methods_of("tensorrt")
+    sibling = methods_of("tensorrt_rtx")
     compared = 0
 
     for name in {name for name, _ in calls_of(build)}:

@@ -51,7 +51,8 @@ BODY = picture_bytes()
 
 
 def test_every_image_gets_one_row_that_equals_its_prediction(complete, photos, bundle_path):
-    rows, paths = rows_of(complete), sorted(photos.glob("*.jpg"))
+    rows = rows_of(complete)
+    paths = sorted(photos.glob("*.jpg"))
     assert [row["path"] for row in rows] == [str(path) for path in paths]
     assert len(part_bytes(complete)) == 4
 
@@ -338,7 +339,8 @@ def test_a_csv_file_has_the_predictions_and_needs_no_extra(
         monkeypatch.setitem(sys.modules, module, None)
     for name in ("bulk.output", "bulk.sources", "bulk.classifier", "tables"):
         monkeypatch.delitem(sys.modules, f"sopdeploy_commands.{name}", raising=False)
-    out, shown = tmp_path / "new" / "results.CSV", []
+    out = tmp_path / "new" / "results.CSV"
+    shown = []
     found = run.classify(
         bundle_path,
         photos,

@@ -69,19 +69,19 @@ def cluster() -> Iterator[Any]:
 @pytest.mark.timeout(600)
 def test_every_image_has_its_row_once_if_a_machine_is_lost(cluster, bundle_path, tmp_path):
     """The rows are those of `classify`, also if it began them, and an interrupted run continues."""
-    photos, shard = write_photos(tmp_path / "photos", MANY // 2), tmp_path / "shard.tar"
+    photos = write_photos(tmp_path / "photos", MANY // 2)
+    shard = tmp_path / "shard.tar"
     with tarfile.open(shard, "w") as archive:
         archive.add(photos, "photos")
     sources = [str(photos), str(shard)]
     classify(bundle_path, sources, tmp_path / "here", options=SMALL_PARTS)
-    out, options = (
-        tmp_path / "out",
-        SMALL_PARTS.model_copy(update={"ray": cluster.address, "actors": 2}),
-    )
+    out = tmp_path / "out"
+    options = SMALL_PARTS.model_copy(update={"ray": cluster.address, "actors": 2})
     with pytest.raises(StopError):
         classify(bundle_path, sources, out, options=SMALL_PARTS, on_image=stop_at(8))
     written = set(part_bytes(out))
-    other, nodes = cluster.add_node(num_cpus=2, num_gpus=0), set()
+    other = cluster.add_node(num_cpus=2, num_gpus=0)
+    nodes = set()
 
     def lose_a_machine(done: int, _total: int) -> None:
         if done > 4 * len(written) and not nodes:

@@ -58,7 +58,8 @@ def sources(tmp_path: Path) -> Path:
     store.rm(["/sources", "/list.txt"], recursive=True)
 
 
-SORTED, STORED = ["a.png", "b/2.jpg", "b/c/3.JPEG", "z.gif"], list(BODIES)
+SORTED = ["a.png", "b/2.jpg", "b/c/3.JPEG", "z.gif"]
+STORED = list(BODIES)
 # Source: (prefix of the names, names)
 LISTS = {
     "folder": ("folder/", SORTED),
@@ -184,7 +185,8 @@ def test_members_of_an_archive_stay_below_its_name(tmp_path):
             tar.addfile(member, io.BytesIO(bytes(number)))
         for kind in (tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
             special = tarfile.TarInfo("special.jpg")
-            special.type, special.linkname = kind, "/etc/passwd"
+            special.type = kind
+            special.linkname = "/etc/passwd"
             tar.addfile(special)
 
     found = {entry.path: entry.size for entry in list_sources([str(archive)])}
@@ -193,7 +195,8 @@ def test_members_of_an_archive_stay_below_its_name(tmp_path):
 
     with tarfile.open(archive, "a") as tar:
         link = tarfile.TarInfo("twin.jpg")
-        link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+        link.type = tarfile.LNKTYPE
+        link.linkname = "a.jpg"
         tar.addfile(link)
 
     with pytest.raises(DataError, match=r"twin\.jpg"):
@@ -215,7 +218,8 @@ def test_ctrl_c_says_in_one_line_how_to_continue(bundle_path, photos, tmp_path, 
 def extended(kind: bytes) -> bytes:
     """The header of an entry of 3 GB with the name or the attributes of the next one."""
     entry = tarfile.TarInfo("x")
-    entry.size, entry.type = 3 << 30, kind
+    entry.size = 3 << 30
+    entry.type = kind
     return entry.tobuf(tarfile.USTAR_FORMAT)
 
 

@@ -43,7 +43,8 @@ def test_settings_without_second_derivatives_of_a_whole_step_are_refused(setting
 @pytest.mark.parametrize("uses_first", [False, True])
 def test_the_signs_of_a_parameter_do_not_depend_on_the_process(uses_first: bool) -> None:
     """A component of a gated network may receive no image in one process, and some in another."""
-    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(8))
+    first = nn.Parameter(torch.ones(3))
+    second = nn.Parameter(torch.ones(8))
     optimizer = AdaHessian([first, second], lr=0.1)
     used = [second, first] if uses_first else [second]
     optimizer.backward(sum((parameter**2 / 2).sum() for parameter in used), seed=3)
@@ -55,7 +56,8 @@ def test_hessian_vector_products_match_finite_differences() -> None:
     torch.manual_seed(0)
     config = {"base_width": 4, "prenorm": "frobenius"}
     model = create_model("dsop-resnet8", num_classes=3, **config).double().train()
-    images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 3
+    images = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    labels = torch.arange(6) % 3
     optimizer = AdaHessian(model.parameters(), lr=0.1)
     parameters = list(model.parameters())
 
@@ -71,7 +73,8 @@ def test_hessian_vector_products_match_finite_differences() -> None:
 
     optimizer.backward(loss(), seed=7)
     step = 1e-6
-    after, before = gradients_at(step), gradients_at(-2 * step)
+    after = gradients_at(step)
+    before = gradients_at(-2 * step)
     for parameter, plus, minus in zip(parameters, after, before, strict=True):
         expected = (plus - minus) / (2 * step)
         scale = float(expected.abs().max()) + 1e-3
@@ -79,7 +82,8 @@ def test_hessian_vector_products_match_finite_differences() -> None:
 
 
 def test_a_step_on_a_quadratic_function_is_exact_and_averages_over_kernels() -> None:
-    start, curvature = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([1.0, 4.0, 0.5])
+    start = torch.tensor([1.0, -2.0, 3.0])
+    curvature = torch.tensor([1.0, 4.0, 0.5])
     weights = nn.Parameter(start.clone())
     optimizer = AdaHessian([weights], lr=0.1, eps=1e-4, weight_decay=0.5)
     optimizer.backward((0.5 * curvature * weights**2).sum(), seed=0)

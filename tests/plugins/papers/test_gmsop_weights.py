@@ -70,7 +70,8 @@ def test_logits_are_equal_in_float64_and_close_in_float32(tmp_path: Path, name: 
     file = save_v7(tmp_path / "net.mat", matconvnet(name), "f4", compressed="sop" in name)
     assert_logits(in_float64(file, name), logits_of(name), pixels() / 60)
     _, report = imported(file, name)
-    second_order, wrn = "sop" in name, "wrn" in name
+    second_order = "sop" in name
+    wrn = "wrn" in name
     expected: dict[str, Any] = {"conv5_stride": 1 if second_order else 2}
     if second_order:
         expected |= {"iterations": 3, "prenorm": "trace"}

@@ -193,7 +193,9 @@ def test_gradients_of_low_rank_bilinear_pooling_are_those_of_finite_differences(
 
     assert torch.autograd.gradcheck(network, (features,), fast_mode=True)
 
-    logits, classifier, vector = network(features), network[1], network[0](features)
+    logits = network(features)
+    classifier = network[1]
+    vector = network[0](features)
     for k in range(5):
         plus, minus = classifier.weight[2 * k : 2 * k + 2]
         expected = vector @ (torch.outer(plus, plus) - torch.outer(minus, minus)).flatten()
@@ -238,7 +240,8 @@ def test_words_collect_their_residuals_and_are_assigned_by_distance_at_first(kin
     torch.manual_seed(1)
     maps = torch.randn(1, 4, 2, 5, dtype=torch.float64)
     layer = build(kind, 4, alpha=0.7).double()
-    x_MC, centers = maps[0].flatten(start_dim=1).T, layer.get_parameter("centers").detach()
+    x_MC = maps[0].flatten(start_dim=1).T
+    centers = layer.get_parameter("centers").detach()
     shares = (-0.7 * (x_MC[:, None] - centers).square().sum(dim=2)).softmax(dim=1)
     residuals = x_MC[:, None] - centers
     halves = [
@@ -255,7 +258,8 @@ def test_words_collect_their_residuals_and_are_assigned_by_distance_at_first(kin
 
 def test_dropcov_drops_the_channels_of_an_image_in_training() -> None:
     torch.manual_seed(0)
-    layer, maps = build("dropcov", 6), torch.randn(64, 6, 5, 5).relu()
+    layer = build("dropcov", 6)
+    maps = torch.randn(64, 6, 5, 5).relu()
     assert isinstance(layer, DropCov)
     rows, columns = torch.triu_indices(6, 6)
     expected = torch.stack([torch.cov(m.flatten(1), correction=0)[rows, columns] for m in maps])
@@ -273,7 +277,8 @@ def test_dropcov_drops_the_channels_of_an_image_in_training() -> None:
 
 
 def test_the_rate_of_dropcov_is_that_of_the_released_code() -> None:
-    layer, maps = build("dropcov", 4), relu_features(3, 4, 4).float()
+    layer = build("dropcov", 4)
+    maps = relu_features(3, 4, 4).float()
     assert isinstance(layer, DropCov)
 
     weights = layer.weights(maps)
@@ -344,10 +349,8 @@ def test_each_pooling_learns_and_is_exported_with_proof_and_served(
 
 def check_served(checkpoint: Path, bundle: Path) -> None:
     """Compare the answer of a server to an image with the logits of the trained network."""
-    content, settings = (
-        read_checkpoint(checkpoint),
-        Settings(threads=1, runtime="onnxruntime-cpu"),
-    )
+    content = read_checkpoint(checkpoint)
+    settings = Settings(threads=1, runtime="onnxruntime-cpu")
     side = content.preprocess.crop
     image = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -522,7 +525,8 @@ def test_the_network_of_each_row_is_built(name: str) -> None:
 
 def test_the_signed_root_of_low_rank_bilinear_pooling_is_an_option() -> None:
     features = relu_features(2, 4, 4)
-    plain, rooted = ReducedBilinear(4, 3), ReducedBilinear(4, 3, signed_root=True)
+    plain = ReducedBilinear(4, 3)
+    rooted = ReducedBilinear(4, 3, signed_root=True)
     rooted.load_state_dict(plain.state_dict())
     torch.testing.assert_close(
         rooted.float()(features.float()), unit_signed_root(plain(features.float()))

@@ -28,7 +28,8 @@ def small(name: str) -> Small:
 def test_counts_and_outputs_match_the_golden(name: str) -> None:
     found = golden(small(name))
     expected: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))[name]
-    outputs, printed = found.pop("outputs"), expected.pop("outputs")
+    outputs = found.pop("outputs")
+    printed = expected.pop("outputs")
 
     assert found == expected
     assert outputs.keys() == printed.keys()

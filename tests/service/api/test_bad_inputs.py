@@ -127,7 +127,8 @@ def test_every_accepted_format_is_classified_whatever_its_media_type(client):
             )
 
 
-FORM, GZIP = "multipart/form-data", {"Content-Encoding": "gzip"}
+FORM = "multipart/form-data"
+GZIP = {"Content-Encoding": "gzip"}
 PART = b'--XX\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
 NAMELESS = b"--XX\r\nContent-Type: image/png\r\n\r\nx\r\n--XX--\r\n"
 

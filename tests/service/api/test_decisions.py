@@ -99,7 +99,8 @@ def test_training_export_and_predict_share_one_decision(
     bundle_of_run: tuple[Path, Path], tmp_path: Path
 ) -> None:
     best, path = bundle_of_run
-    decision, manifest = read_checkpoint(best).decision, open_bundle(path).manifest
+    decision = read_checkpoint(best).decision
+    manifest = open_bundle(path).manifest
     assert decision is not None
     assert decision == manifest.decision
     assert decision.calibration is not None

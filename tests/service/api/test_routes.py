@@ -122,7 +122,8 @@ def test_health_and_info(client, bundle):
 def test_an_example_is_read_once_and_costs_a_key_one_image(
     serve_with, jpeg, tmp_path, monkeypatch
 ):
-    content, num_reads = jpeg + bytes(2 * web.PIECE_BYTES), []
+    content = jpeg + bytes(2 * web.PIECE_BYTES)
+    num_reads = []
 
     def read_once(path, limit):
         num_reads.append(path)
@@ -195,12 +196,14 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
 
 
 def test_each_image_has_its_own_warnings(client, jpeg, bundle_path, tmp_path):
-    plain, exif = Image.new("RGB", (48, 40), (200, 30, 60)), Image.Exif()
+    plain = Image.new("RGB", (48, 40), (200, 30, 60))
+    exif = Image.Exif()
     exif[0x0112] = 6
     animated = encoded(
         plain, "GIF", save_all=True, append_images=[Image.new("RGB", (48, 40), (0, 0, 99))]
     )
-    rotated, several = encoded(plain, "JPEG", exif=exif), ["first_frame_only"]
+    rotated = encoded(plain, "JPEG", exif=exif)
+    several = ["first_frame_only"]
     expected = {jpeg: [], rotated: ["exif_rotated"], animated: several, animated[:-40]: several}
     paths = [tmp_path / str(number) for number in range(len(expected))]
     for path, body in zip(paths, expected, strict=True):

@@ -361,7 +361,8 @@ VALID = {
     header=st.none() | st.text(max_size=5),
 )
 def test_a_damaged_request_is_a_request_or_a_400(body, binary, header):
-    status, images = 200, 1
+    status = 200
+    images = 1
     try:
         images = len(parse_body(body + binary, header, MANIFEST, MAX_IMAGES, LIMIT).images)
     except RejectedError as problem:

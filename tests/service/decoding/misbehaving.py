@@ -16,7 +16,8 @@ START = b"\xff\xd8\xff"
 
 def answer(number: int, rules: bytes, image: bytes, options: child.ChildOptions) -> list[bytes]:
     """Misbehave if the image is a name below, or the first bytes of a pipe or environment are asked for."""
-    header, name = child.REPLY.pack, image.removeprefix(START)
+    header = child.REPLY.pack
+    name = image.removeprefix(START)
     if name == b"die":
         os._exit(1)
     if name == b"hang" or (options.is_light and image.endswith(b"hang once")):

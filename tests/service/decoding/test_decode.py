@@ -180,7 +180,8 @@ def folder(tmp_path_factory):
 def test_training_calibration_predict_service_and_client_see_the_same_pixels(
     bundle, folder, monkeypatch, fit
 ):
-    rules, settings = rules_for(fit), Settings(threads=1)
+    rules = rules_for(fit)
+    settings = Settings(threads=1)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     images = open_evaluation_images(folder, ("a", "b"))
     names = [images.path(index).name for index in range(len(images))]

@@ -54,7 +54,8 @@ IMAGES = {
 @linux
 def test_a_sandboxed_child_decodes_and_copies_every_format_as_without_a_sandbox() -> None:
     settings = Settings(sandbox="required")
-    decoders, errors = Decoders(1, settings, Metrics()), {}
+    decoders = Decoders(1, settings, Metrics())
+    errors = {}
     with running_loop() as loop:
         asyncio.run_coroutine_threadsafe(decoders.start(), loop).result(60)
         for name, body in IMAGES.items():
@@ -79,8 +80,10 @@ def test_a_sandboxed_child_decodes_and_copies_every_format_as_without_a_sandbox(
     }
 
 
-OTHER, SELF = 1, 4242
-X86, ARM = "x86_64", "aarch64"
+OTHER = 1
+SELF = 4242
+X86 = "x86_64"
+ARM = "aarch64"
 FAIL = {error: 0x50000 | error for error in (errno.EPERM, errno.ENOSYS)}
 CALLS: dict[str, tuple[str, int, list[int], int]] = {
     "read on ARM": (ARM, 63, [], sandbox.ALLOW),

@@ -31,12 +31,11 @@ class Gated:
     """The *runtime* behind the gate; the probes have run before."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.name, self.device, self.largest_batch = (
-            runtime.name,
-            runtime.device,
-            runtime.largest_batch,
-        )
-        self._runtime, self.close = runtime, runtime.close
+        self.name = runtime.name
+        self.device = runtime.device
+        self.largest_batch = runtime.largest_batch
+        self._runtime = runtime
+        self.close = runtime.close
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         while not Path(os.environ["GATE"]).exists():

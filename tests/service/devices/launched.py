@@ -68,7 +68,8 @@ async def supervise() -> dict[str, object]:
     found: dict[str, object] = {}
     used = template.ServerTemplate()
     first, end, found["facts"] = await start(used)
-    killed, os.environ["LIGHT"] = used._process.pid, "1"
+    killed = used._process.pid
+    os.environ["LIGHT"] = "1"
     used._process.kill()
     used._process.wait()
     child, other, _ = await start(used)

@@ -40,7 +40,8 @@ class EngineUnderTest:
         self, registry: Registry, settings: Settings = SETTINGS, name: str = "engine"
     ) -> None:
         self.supervisor, theirs = control.socket_pair()
-        self.name, self.device_process = name, DeviceProcess(registry, settings, theirs, (), {})
+        self.name = name
+        self.device_process = DeviceProcess(registry, settings, theirs, (), {})
         self._theirs = theirs
         self.running = asyncio.get_running_loop().create_task(self.device_process.run())
 
@@ -120,7 +121,8 @@ def test_the_outputs_of_an_image_do_not_depend_on_its_slot(bundle) -> None:
 
 def test_an_image_that_fails_has_the_error_of_the_engine(bundle) -> None:
     async def scenario(_device_process: EngineUnderTest, registry: RemoteRegistry) -> None:
-        model, codes = registry.find(), []
+        model = registry.find()
+        codes = []
         for _ in range(3):
             try:
                 await model.run(PIXELS[0], FOREVER)
@@ -162,7 +164,8 @@ def test_a_slot_is_free_when_the_engine_has_read_it(bundle) -> None:
 
     async def scenario(device_process: EngineUnderTest, registry: RemoteRegistry) -> None:
         model = cast(RemoteModel, registry.find())
-        (front_end,), ((own_end, _),) = device_process.device_process.front_ends, model.routes
+        (front_end,) = device_process.device_process.front_ends
+        ((own_end, _),) = model.routes
         in_batch = asyncio.ensure_future(model.run(PIXELS[0], FOREVER))
         await until(runtime.entered.is_set)
         queued = [asyncio.ensure_future(model.run(one, FOREVER)) for one in PIXELS[1:]]

@@ -143,10 +143,8 @@ def test_a_front_end_that_ends_or_hangs_is_replaced(
         # other has.
         sent = [pool.submit(status_of, client, jpeg) for _ in range(9)]
         wait_for(lambda: num_admitted(client) + sum(one.done() for one in sent) == 9)
-        refused, waiting = (
-            [one for one in sent if one.done()],
-            [one for one in sent if not one.done()],
-        )
+        refused = [one for one in sent if one.done()]
+        waiting = [one for one in sent if not one.done()]
 
         assert {one.result() for one in refused} == {429}
         assert 4 <= len(waiting) <= 7
@@ -155,7 +153,8 @@ def test_a_front_end_that_ends_or_hangs_is_replaced(
         by_name = {name: num_admitted(client, name) for name in ("front-0", "front-1")}
         assert sum(by_name.values()) == len(waiting)
         name = max(by_name, key=lambda one: by_name[one])
-        victim, device_process = process_of(client, name), process_of(client, "engine")
+        victim = process_of(client, name)
+        device_process = process_of(client, "engine")
         os.kill(victim, number)
         wait_for(lambda: not is_alive(victim))
         wait_for(lambda: process_of(client, name) not in {0, victim})
@@ -333,7 +332,8 @@ def test_a_front_end_knows_the_device_processes_that_were_started_before_it(
         devices = [Process(str(number), {}, settings, "cpu", number) for number in range(2)]
         with socket.socket() as listener:
             server = supervisor.Supervisor([], settings, devices, listener)
-            server._loop, server._shared = asyncio.get_running_loop(), -1
+            server._loop = asyncio.get_running_loop()
+            server._shared = -1
             server._keys = SharedKeys(())
             monkeypatch.setattr(server._template, "start", start)
             started = [*devices, *server._front_ends]

@@ -271,10 +271,14 @@ def make_device_server(end: socket.socket) -> DeviceServer:
     """Build a process without an app, whose supervisor is at the other end of *end*."""
     server = DeviceServer.__new__(DeviceServer)
     registry = RemoteRegistry([], load_settings())
-    server._service, server._page = SimpleNamespace(registry=registry), None
+    server._service = SimpleNamespace(registry=registry)
+    server._page = None
     server._has_keys = True
-    server._supervisor, server._num_received, server.bundles = end, 0, ""
-    server.server_state, server._tasks = SimpleNamespace(connections=()), set()
+    server._supervisor = end
+    server._num_received = 0
+    server.bundles = ""
+    server.server_state = SimpleNamespace(connections=())
+    server._tasks = set()
     return server
 
 
@@ -364,7 +368,8 @@ class TimelessLoop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         super().__init__()
-        self._now, select = 0.0, self._selector.select
+        self._now = 0.0
+        select = self._selector.select
 
         def select_at_once(timeout: float | None) -> list[object]:
             events = select(0 if timeout else timeout)
@@ -385,7 +390,8 @@ def test_a_process_that_hangs_is_down_in_the_metrics_of_others(monkeypatch) -> N
     monkeypatch.setattr(supervisor.asyncio, "to_thread", in_this_thread)  # a thread needs time
 
     async def scenario() -> tuple[bytes, bytes]:
-        settings, loop = load_settings(front_ends=0), asyncio.get_running_loop()
+        settings = load_settings(front_ends=0)
+        loop = asyncio.get_running_loop()
         names = ("answers", "hangs", "loads")
         processes = [
             Process(name, {}, settings, name, number) for number, name in enumerate(names)
@@ -524,7 +530,8 @@ class KeysOfServer(NamedTuple):
 @pytest.fixture
 def keys(tmp_path: Path) -> KeysOfServer:
     file = tmp_path / "keys.toml"
-    free, limited = new_key(file, "free"), new_key(file, "limited", 1e-6)
+    free = new_key(file, "free")
+    limited = new_key(file, "limited", 1e-6)
     others = (
         f'[[key]]\nname = "{number}"\nsha256 = "{number:064}"\nrate = 1.0\n'
         for number in range(4100)
@@ -543,7 +550,8 @@ def statuses(client: httpx.Client, key: str, body: bytes, requests: int) -> list
 @pytest.mark.parametrize("way", [TWO_DEVICES, FRONT_ENDS])
 def test_processes_share_a_folder_of_photos_and_its_limit(tmp_path, way) -> None:
     decision = Decision(rejection=Rejection(threshold=1e9))
-    bundle, kept = write_bundle(tmp_path / "bundle", decision=decision), tmp_path / "kept"
+    bundle = write_bundle(tmp_path / "bundle", decision=decision)
+    kept = tmp_path / "kept"
     settings = (f"keep={kept}", "keep_bytes=65536", "keep_sample=1")
     options = [f"--setting={setting}" for setting in settings]
 

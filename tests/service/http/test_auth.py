@@ -246,7 +246,8 @@ def test_the_rate_limit_counts_every_image_and_tells_when_to_retry(
 
 
 JSON = {"content-type": "application/json"}
-V2, LENGTH = "/v2/models/tiny/infer", "inference-header-content-length"
+V2 = "/v2/models/tiny/infer"
+LENGTH = "inference-header-content-length"
 TENSOR = b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [%b]}]}'
 # Path, headers, body: tokens that it costs
 REFUSED = {
@@ -299,7 +300,8 @@ def test_a_key_without_tokens_pays_for_refused_work_first(
     text = (tmp_path / "keys.toml").read_text()
     (tmp_path / "keys.toml").write_text(text.replace("burst = 64", "burst = 4"))
     client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
-    two, mine = [("image", jpeg), ("image", bytes(3_500_000))], {"x-api-key": secret}
+    two = [("image", jpeg), ("image", bytes(3_500_000))]
+    mine = {"x-api-key": secret}
 
     # The key has 4 tokens. After reading 5.5 MB that are not JSON it owes 2, so it has 1 after 3 s.
     assert (
@@ -327,7 +329,9 @@ def test_no_sequence_of_requests_gets_more_than_burst_plus_rate_times_time(steps
     with pytest.MonkeyPatch.context() as patch:
         now = 1000.0
         patch.setattr(api_keys, "time", SimpleNamespace(monotonic=lambda: now))
-        bucket, taken, began = TokenBucket(rate, 8, [0.0, 0.0]), 0, now
+        bucket = TokenBucket(rate, 8, [0.0, 0.0])
+        taken = 0
+        began = now
 
         for images, pause in steps:
             try:
@@ -477,7 +481,9 @@ def test_a_client_that_ends_its_side_of_the_connection_has_gone(serve_with, jpeg
 def test_a_file_of_the_user_of_the_container_stays_that_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, given, stat_of = tmp_path / "keys.toml", [], os.stat
+    path = tmp_path / "keys.toml"
+    given = []
+    stat_of = os.stat
     new_key(path, "phone")
     owner = os.stat_result((*stat_of(path)[:4], 10001, 10001, *stat_of(path)[6:]))
     monkeypatch.setattr(Path, "stat", lambda _self, **_: owner)
@@ -508,7 +514,8 @@ def test_reloaded_keys_replace_those_before_and_keep_the_state_of_their_limits(
     tmp_path,
 ) -> None:
     path = tmp_path / "keys.toml"
-    first, second = new_key(path, "first", rate=1e-6), new_key(path, "second")
+    first = new_key(path, "first", rate=1e-6)
+    second = new_key(path, "second")
     ring = KeyRing(read_keys(path))
     _, bucket = ring.find(first.encode())
     bucket.spend(60)
@@ -544,7 +551,8 @@ def test_unreadable_keys_leave_those_in_use_in_one_line(tmp_path, caplog, name) 
 
 def test_a_server_in_one_process_accepts_new_keys_after_a_reload(tmp_path) -> None:
     path = tmp_path / "keys.toml"
-    ring, new = KeyRing((Key(name="a", sha256=DIGEST),)), new_key(path, "b")
+    ring = KeyRing((Key(name="a", sha256=DIGEST),))
+    new = new_key(path, "b")
     server = DrainingServer.__new__(DrainingServer)
     metrics = Metrics()
     metrics.keys_unreadable.set(1)
@@ -571,7 +579,8 @@ def test_a_changed_key_file_has_another_identity(tmp_path) -> None:
 
 def test_reloads_that_are_requested_during_one_are_one_more() -> None:
     async def scenario() -> int:
-        gate, count = asyncio.Event(), itertools.count()
+        gate = asyncio.Event()
+        count = itertools.count()
 
         async def work() -> None:
             next(count)

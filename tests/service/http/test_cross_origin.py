@@ -7,7 +7,8 @@ from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.settings import load_settings
 from tests.support.fake_runtime import FakeRuntime
 
-SHOP, EVIL = "https://shop.example", "https://evil.example"
+SHOP = "https://shop.example"
+EVIL = "https://evil.example"
 # Values of `allowed_origins`: origins that are allowed, and others
 ORIGINS = {
     SHOP: ([SHOP], [EVIL, "http://shop.example", "https://a.shop.example", "null"]),

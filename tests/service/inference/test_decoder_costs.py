@@ -55,7 +55,8 @@ def heic(width: int, height: int) -> bytes:
     return b"\0\0\0\x18ftypheic" + sizes
 
 
-SCALED, FULL = Preprocess(decoding="scaled"), Preprocess()
+SCALED = Preprocess(decoding="scaled")
+FULL = Preprocess()
 
 
 # File, rules, length of the file if it had more metadata, whether it is light

@@ -172,7 +172,8 @@ def test_children_that_are_killed_or_send_too_much_are_replaced(jpeg, template) 
 
 def test_a_child_that_sends_too_much_is_replaced_before_the_next_image(jpeg, template) -> None:
     with running_child(template, OPTIONS) as child:
-        before, replies = child.process, child.decode_all([jpeg + b"too many", jpeg, jpeg])
+        before = child.process
+        replies = child.decode_all([jpeg + b"too many", jpeg, jpeg])
 
         assert [error_of(reply) for reply in replies] == ["", "", ""]
         assert child.process != before
@@ -197,7 +198,8 @@ def test_a_child_that_cannot_be_replaced_fails_one_image_only(
 
 
 def test_images_that_wait_or_come_after_the_end_are_refused() -> None:
-    children, loop = SharedChildren(Metrics()), asyncio.new_event_loop()
+    children = SharedChildren(Metrics())
+    loop = asyncio.new_event_loop()
     early, late = (pool.Request(b"", b"", 0, range(0), loop.create_future()) for _ in range(2))
     children.put(early, None)
     children.close()
@@ -411,7 +413,8 @@ def test_many_photographs_that_are_decoded_in_full_wait(serve_with, monkeypatch)
 def holding_large(client: Client) -> Iterator[None]:
     """Keep every child for large images busy."""
     service = client.app.state.service.decoders
-    held, service.large.idle[:] = list(service.large.idle), []
+    held = list(service.large.idle)
+    service.large.idle[:] = []
     yield
     for child in held:
         service._loop.call_soon_threadsafe(service.large.give_work, child)
@@ -449,7 +452,8 @@ ARRIVALS = {
 def test_clients_share_the_places_of_large_images_and_take_turns(
     arrivals, refused, order
 ) -> None:
-    children, loop = SharedChildren(Metrics()), asyncio.new_event_loop()
+    children = SharedChildren(Metrics())
+    loop = asyncio.new_event_loop()
     requests = [
         pool.Request(b"", b"", 0, range(0), loop.create_future(), MAX_PIXELS) for _ in arrivals
     ]
@@ -470,7 +474,8 @@ def test_clients_share_the_places_of_large_images_and_take_turns(
 @pytest.mark.parametrize("clients", ["aaaaaaaa", "bcdefghi"])
 def test_images_for_which_nobody_waits_free_their_places_and_their_memory(clients) -> None:
     async def scenario() -> None:
-        children, loop = SharedChildren(Metrics()), asyncio.get_running_loop()
+        children = SharedChildren(Metrics())
+        loop = asyncio.get_running_loop()
 
         def put(client: str) -> pool.Request:
             request = pool.Request(

@@ -30,7 +30,8 @@ def post(client: httpx.Client, body: bytes) -> httpx.Response:
 
 
 def test_a_full_queue_is_429_and_every_image_of_a_form_counts(serve_with, pool, jpeg):
-    runtime, files = Held(), [("image", jpeg)] * 2
+    runtime = Held()
+    files = [("image", jpeg)] * 2
     client = serve_with(runtime, queue_size=3, max_images=3)
     assert (count(client, 'limit{of="images"}'), count(client, "ready")) == (3, 1)
 
@@ -75,7 +76,8 @@ def test_only_images_on_the_same_device_delay_an_image(
     loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 1.0),))
     registry = model_registry.ModelRegistry({"tiny": loaded}, Settings())
     served = service.Service(registry, Settings())
-    served._is_started, served.num_front_ends = True, front_ends
+    served._is_started = True
+    served.num_front_ends = front_ends
     cells = memoryview(bytearray(8 * len(admitted))).cast("q")
     served.share_admitted(cells, 0)
     served.admitted = admitted[0]
@@ -143,7 +145,8 @@ def test_an_internal_error_is_a_problem_response(serve_with, jpeg, monkeypatch):
 class Broken(FakeRuntime):
     """Fails with an unknown error while `broken` is true; a blank image fails too if `everywhere` is."""
 
-    broken, everywhere = True, True
+    broken = True
+    everywhere = True
 
     def run(self, images):
         if self.broken and (self.everywhere or images.any()):

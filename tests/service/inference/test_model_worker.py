@@ -108,18 +108,17 @@ def test_an_image_for_which_memory_is_missing_may_be_sent_again(
 @pytest.mark.parametrize("pause", [0.0, 1000.0])
 def test_a_hung_batch_is_judged_by_the_time_its_process_ran(bundle, monkeypatch, pause) -> None:
     loaded = LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={})
-    model, now, pauses = (
-        LocalModel("tiny", loaded, Settings(), Metrics()),
-        [100.0],
-        [0.0, pause],
-    )
+    model = LocalModel("tiny", loaded, Settings(), Metrics())
+    now = [100.0]
+    pauses = [0.0, pause]
 
     async def sleep(seconds: float) -> None:
         now[0] += seconds + (pauses.pop() if pauses else 0.0)
 
     monkeypatch.setattr(model_worker, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(model_worker.asyncio, "sleep", sleep)
-    model._in_flight, model._batch_started = [model_worker._Batch([])], now[0]
+    model._in_flight = [model_worker._Batch([])]
+    model._batch_started = now[0]
     asyncio.run(model._watch())
     assert model.is_down
     assert 4 < now[0] - 100 - pause < 6
@@ -247,7 +246,8 @@ class WrongFor(FakeRuntime):
         self, is_wrong, spoil=lambda logits: np.roll(logits, 1, axis=0), device="cuda:0"
     ) -> None:
         super().__init__(num_classes=7, largest_batch=64, device=device)
-        self._is_wrong, self._spoil = is_wrong, spoil
+        self._is_wrong = is_wrong
+        self._spoil = spoil
 
     def run(self, images):
         logits = super().run(images)["logits"]
@@ -311,7 +311,8 @@ class WrongForOneImage(FakeRuntime):
 
     def __init__(self, runtime, image) -> None:
         super().__init__(num_classes=7, device="cpu")
-        self._runtime, self._image = runtime, image
+        self._runtime = runtime
+        self._image = image
 
     def run(self, images):
         logits = self._runtime.run(images)["logits"].copy()

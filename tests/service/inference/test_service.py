@@ -107,10 +107,8 @@ def test_if_one_bundle_fails_none_of_them_is_served(versions, monkeypatch) -> No
     wrong = write_bundle(versions[0].parent, wrong_by=0.01)
 
     async def scenario(registry: ModelRegistry) -> None:
-        before, runtime = (
-            registry.models(),
-            Failing(dict.fromkeys(range(99), DeviceLostError("CUDA 719"))),
-        )
+        before = registry.models()
+        runtime = Failing(dict.fromkeys(range(99), DeviceLostError("CUDA 719")))
         with pytest.raises(ParityError, match="deviates"):
             await registry.replace(
                 {"tiny": open_bundle(versions[1]), "wrong": open_bundle(wrong)}
@@ -214,7 +212,8 @@ def shorten(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_bundle_is_named_and_the_others_are_served(damage, tmp_path, caplog) -> None:
-    folder, (change, reason) = tmp_path / "models", DAMAGE[damage]
+    folder = tmp_path / "models"
+    (change, reason) = DAMAGE[damage]
     older = write_bundle(folder, exported_at=TIMES[0])
     newer = write_bundle(folder, exported_at=TIMES[1], probes=4)
     change(newer)
@@ -333,7 +332,9 @@ def test_a_reload_reads_the_files_of_a_bundle(
 def test_a_load_that_hangs_ends_at_its_deadline_and_later_reloads_succeed(
     versions: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gate, closed, open_runtime = threading.Event(), threading.Event(), loader.open_runtime
+    gate = threading.Event()
+    closed = threading.Event()
+    open_runtime = loader.open_runtime
 
     def stuck(bundle: Bundle, settings: Settings) -> Any:
         gate.wait()

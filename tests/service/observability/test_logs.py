@@ -74,7 +74,8 @@ FORGED = {
 
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_clients_cannot_forge_lines_or_control_a_terminal(logged, serve_with, form):
-    stream, client = logged(log=form), serve_with(FakeRuntime(num_classes=7))
+    stream = logged(log=form)
+    client = serve_with(FakeRuntime(num_classes=7))
     for number, (path, headers) in enumerate(FORGED.items(), 1):
         client.post(path, content=b"x", headers=headers)
         wait_for(lambda number=number: stream.read_text().count("\n") == number)

@@ -15,7 +15,8 @@ from sopdeploy_service.observability.pages import Shared, merge_metrics
 def test_all_who_ask_within_a_second_share_what_was_made_once(monkeypatch) -> None:
     monkeypatch.setattr(pages, "SHARED_SECONDS", 1.0)
     monkeypatch.setattr(pages.time, "monotonic", lambda: now)
-    numbers, now = itertools.count(1), 100.0
+    numbers = itertools.count(1)
+    now = 100.0
 
     async def make() -> int:
         await asyncio.sleep(0)

@@ -82,7 +82,8 @@ def test_a_day_is_told_once_beside_the_days_before(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    shares, now = DailyShares(), [1_000_000 * HOUR]
+    shares = DailyShares()
+    now = [1_000_000 * HOUR]
     monkeypatch.setattr(predictions.time, "time", lambda: now[0])
 
     # Nine days of hats, one of ten images unknown, then one of shoes, all unknown.

@@ -18,7 +18,8 @@ from tests.support.children import line_of
 
 collected = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+PARENT = "b7ad6b7169203331"
 
 
 @pytest.mark.nightly

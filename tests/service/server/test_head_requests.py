@@ -13,7 +13,8 @@ READ = [
 
 @pytest.mark.parametrize("path", READ)
 def test_head_has_the_status_and_headers_of_get_and_no_body(client, path):
-    get, head = client.get(path), client.head(path)
+    get = client.get(path)
+    head = client.head(path)
     assert get.content
     assert (head.status_code, head.content) == (get.status_code, b"")
 

@@ -213,7 +213,8 @@ def test_slow_bytes_do_not_extend_the_timeout(impatient, start, code):
 
 def test_the_time_for_the_answer_begins_when_the_body_has_arrived(serve_with, jpeg):
     client = serve_with(FakeRuntime(num_classes=7), request_timeout=1.5)
-    request, half = post_of(jpeg), len(jpeg) // 2
+    request = post_of(jpeg)
+    half = len(jpeg) // 2
     with connect(client) as slow:
         slow.sendall(request[:-half])
         time.sleep(1.6)
@@ -388,13 +389,12 @@ def test_a_request_that_offers_http_2_is_served_with_its_body(
 ):
     """Java's `HttpClient` and `curl --http2` offer it with every request to an http:// URL."""
     good = wire()
-    length, body = b"Content-Length: %d" % len(jpeg), jpeg
+    length = b"Content-Length: %d" % len(jpeg)
+    body = jpeg
 
     if chunked:
-        length, body = (
-            b"Transfer-Encoding: chunked",
-            b"%x\r\n%s\r\n0\r\n\r\n" % (len(jpeg), jpeg),
-        )
+        length = b"Transfer-Encoding: chunked"
+        body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(jpeg), jpeg)
 
     request = POST + UPGRADE + length + b"\r\n\r\n" + body
     end = len(request) - kept

@@ -273,7 +273,8 @@ def traffic(client: ServerClient, jpeg: bytes) -> Iterator[Callable[[Path], bool
     The callable says whether the last requests, which reached all processes, were served by a
     bundle.
     """
-    replies, stopped = [], threading.Event()
+    replies = []
+    stopped = threading.Event()
 
     def send() -> None:
         while not stopped.is_set():
@@ -398,7 +399,8 @@ def test_a_signal_during_the_start_begins_a_drain_that_stays(
     monkeypatch, is_stopped, state
 ) -> None:
     app = create_app({}, Settings())
-    server, service = draining_server.DrainingServer(app, Settings()), app.state.service
+    server = draining_server.DrainingServer(app, Settings())
+    service = app.state.service
 
     async def start() -> None:
         if is_stopped:

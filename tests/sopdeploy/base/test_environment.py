@@ -20,7 +20,8 @@ from sopdeploy.base.environment import (
 )
 from sopdeploy.errors import ConfigError, MissingPackageError, RuntimeUnavailableError
 
-QUOTA, PERIOD = "cpu.cfs_quota_us", "cpu.cfs_period_us"
+QUOTA = "cpu.cfs_quota_us"
+PERIOD = "cpu.cfs_period_us"
 # Groups of the process, files, cores of 8
 QUOTAS = {
     "version 2": ("0::/a/b\n", {"a/b/cpu.max": "250000 100000"}, 2),

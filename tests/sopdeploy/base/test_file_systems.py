@@ -212,7 +212,8 @@ def test_only_a_lock_that_is_held_means_another_process(
 def test_a_lock_file_that_its_owner_deletes_is_created_again(
     tmp_path: Path, monkeypatch
 ) -> None:
-    path, flock = tmp_path / ".lock", fcntl.flock
+    path = tmp_path / ".lock"
+    flock = fcntl.flock
 
     def lock_after_it_was_deleted(file: int, how: int) -> None:
         monkeypatch.undo()  # only the first time

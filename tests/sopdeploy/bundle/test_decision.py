@@ -161,7 +161,8 @@ CONFIG = {"depth": 8, "base_width": 2}
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write `ckpt.pt` with logits that are four times too large, and 80 images, of which it misses 20."""
-    home, random = tmp_path_factory.mktemp("home"), np.random.default_rng(0)
+    home = tmp_path_factory.mktemp("home")
+    random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (80, 8, 8, 3), dtype=np.uint8)
     torch.manual_seed(0)
     network = sopdeploy.create_model("resnet8", num_classes=2, **CONFIG).eval()
@@ -208,7 +209,8 @@ def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> N
     assert found.decision.calibration.loss_after < found.decision.calibration.loss_before
     assert (home / "ckpt.pt").read_bytes() == source
 
-    before, after = read_checkpoint(home / "ckpt.pt"), read_checkpoint(home / "fitted.pt")
+    before = read_checkpoint(home / "ckpt.pt")
+    after = read_checkpoint(home / "fitted.pt")
     assert before.decision is None
     assert after.decision == found.decision
     pairs = zip(
@@ -411,7 +413,8 @@ def images_in_two_parts(folder: Path) -> Path:
     ],
 )
 def test_train_reports_how_many_unknown_images_it_recognizes(tmp_path, procedure, make):
-    photos, unknown = make(tmp_path), stripes(tmp_path / "photos-unknown", 12)
+    photos = make(tmp_path)
+    unknown = stripes(tmp_path / "photos-unknown", 12)
     settings = [
         *SMALL,
         f"data.path={photos}",

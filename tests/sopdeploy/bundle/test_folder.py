@@ -123,7 +123,8 @@ def test_a_published_bundle_is_named_by_its_content_and_readable_by_everyone(
 def test_latest_is_a_relative_link_to_the_bundle_that_was_published_last(
     tmp_path: Path,
 ) -> None:
-    first, link = write_hollow(tmp_path / "bundles"), tmp_path / "bundles" / "latest"
+    first = write_hollow(tmp_path / "bundles")
+    link = tmp_path / "bundles" / "latest"
     assert (link.readlink(), open_bundle(link).path) == (Path(first.name), first)
 
     second = write_hollow(tmp_path / "bundles", opset=17)

@@ -22,7 +22,10 @@ from tests.support.stub_server import Gate, Received, reply, stub_server
 RESULT = b'{"classes":[]}'
 CLOSE = "Connection: close"
 LOGIN = "Location: http://portal.example/login"
-FOREIGN, HTTP, LOST, LATE = "foreign_answer", "http_error", "unreachable", "timeout"
+FOREIGN = "foreign_answer"
+HTTP = "http_error"
+LOST = "unreachable"
+LATE = "timeout"
 
 
 def raw(head: bytes, body: bytes = b"") -> bytes:
@@ -213,7 +216,8 @@ def label_of(client: Client, photograph: str) -> str:
 
 
 def test_ctrl_c_ends_the_call_and_leaves_no_response() -> None:
-    main, interrupted = threading.main_thread().ident, threading.Event()
+    main = threading.main_thread().ident
+    interrupted = threading.Event()
     # A test runner may ignore it
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -86,7 +86,8 @@ def test_one_fifth_of_the_digits_of_every_class_is_held_out() -> None:
         rules = Preprocess(resize=resize, crop=crop)
         prepared = PreprocessedDataset(split.held_out, rules)
         (array,), (label,) = prepared.batch([7])
-        image, expected = split.held_out.photo(7).image, split.held_out.targets[7]
+        image = split.held_out.photo(7).image
+        expected = split.held_out.targets[7]
         assert array.dtype == np.uint8
         assert array.shape == (crop, crop, 3)
         assert label == expected
@@ -117,10 +118,8 @@ def test_the_order_changes_with_seed_and_epoch() -> None:
 
 def test_batches_do_not_depend_on_the_number_of_workers() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
-    images, augmentation = (
-        ArrayImages(("a", "b"), pixels, np.arange(30) % 2),
-        PadCrop(kind="pad-crop", flip=0.5),
-    )
+    images = ArrayImages(("a", "b"), pixels, np.arange(30) % 2)
+    augmentation = PadCrop(kind="pad-crop", flip=0.5)
     color = ColorConfig(lighting=0.1)
     view = AugmentedDataset(images, augmentation, Preprocess(resize=12, crop=12), 0, 0, color)
     batches = shuffled_batches(30, 8, 0, 0)
@@ -185,7 +184,8 @@ def counted_images(monkeypatch, count: int = 30) -> CountedImages:
     return CountedImages(("a", "b"), pixels, np.arange(count) % 2)
 
 
-PADDED, FITTED = PadCrop(kind="pad-crop", flip=0.5), Preprocess(resize=12, crop=12)
+PADDED = PadCrop(kind="pad-crop", flip=0.5)
+FITTED = Preprocess(resize=12, crop=12)
 
 
 @pytest.mark.parametrize("limit", [2**29, 0], ids=["in memory", "too many"])
@@ -215,24 +215,25 @@ def test_pixels_in_memory_are_computed_once_and_give_the_same_batches(
 
 
 def test_the_processes_of_a_run_load_all_epochs_and_fill_the_memory(monkeypatch) -> None:
-    started, start = [], multiprocessing.process.BaseProcess.start
+    started = []
+    start = multiprocessing.process.BaseProcess.start
     monkeypatch.setattr(
         multiprocessing.process.BaseProcess,
         "start",
         lambda self: (started.append(self), start(self)),
     )
     monkeypatch.setattr(data_batches, "usable_cores", lambda: 2)
-    images, others = counted_images(monkeypatch), counted_images(monkeypatch, 7)
+    images = counted_images(monkeypatch)
+    others = counted_images(monkeypatch, 7)
     training = AugmentedDataset(
         images, PADDED, FITTED, 0, 0, fitted=network_inputs.FittedPixels(images, FITTED)
     )
-    held_out, cpu = PreprocessedDataset(others, FITTED), torch.device("cpu")
+    held_out = PreprocessedDataset(others, FITTED)
+    cpu = torch.device("cpu")
     with data_batches.Loader((training, held_out), 2, cpu) as loader:
         for epoch in range(3):
-            of_epoch, batches = (
-                replace(training, epoch=epoch),
-                shuffled_batches(30, 8, 0, epoch),
-            )
+            of_epoch = replace(training, epoch=epoch)
+            batches = shuffled_batches(30, 8, 0, epoch)
             for dataset, chosen in ((of_epoch, batches), (held_out, [[0, 3], [6]])):
                 loaded = list(load_batches(dataset, chosen, loader, cpu))
                 alone = list(load_batches(replace(dataset, fitted=None), chosen, 0, cpu))
@@ -253,7 +254,8 @@ def test_the_processes_of_a_run_load_all_epochs_and_fill_the_memory(monkeypatch)
 
 
 def test_an_epoch_that_ends_early_leaves_no_batch_for_the_next_one(monkeypatch) -> None:
-    images, cpu = counted_images(monkeypatch), torch.device("cpu")
+    images = counted_images(monkeypatch)
+    cpu = torch.device("cpu")
     dataset = PreprocessedDataset(images, FITTED)
     with data_batches.Loader((dataset,), 1, cpu) as loader:
         next(load_batches(dataset, [[number] for number in range(30)], loader, cpu))

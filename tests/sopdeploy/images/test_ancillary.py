@@ -123,7 +123,8 @@ DAMAGED = {
     ],
 )
 def test_metadata_do_not_change_the_pixels(body, plain) -> None:
-    given, expected = decode(body(), RULES), decode(plain(), RULES)
+    given = decode(body(), RULES)
+    expected = decode(plain(), RULES)
 
     np.testing.assert_array_equal(given.pixels, expected.pixels)
     assert given.warnings == expected.warnings

@@ -166,7 +166,8 @@ def test_without_a_smaller_scale_the_box_has_all_pixels(kind: str) -> None:
 
 
 def test_a_scaled_decoder_allocates_a_sixteenth(monkeypatch) -> None:
-    sizes, fit = [], module.preprocess_image
+    sizes = []
+    fit = module.preprocess_image
 
     def record(image: Image.Image, *more: object) -> object:
         sizes.append(image.size)
@@ -185,10 +186,8 @@ def test_random_boxes_come_from_the_size_in_the_header(tmp_path, decoding) -> No
     exif[0x112] = 6
     (tmp_path / "a.jpg").write_bytes(photograph(800, 600, exif=exif))
     images = ImageFiles(tmp_path, ("a", "b"), np.asarray([b"a.jpg"]), np.zeros(1, np.int64))
-    augmentation, rules = (
-        RandomResizedCrop(kind="random-resized-crop"),
-        Preprocess(crop=40, decoding=decoding),
-    )
+    augmentation = RandomResizedCrop(kind="random-resized-crop")
+    rules = Preprocess(crop=40, decoding=decoding)
     upright = Image.open(tmp_path / "a.jpg").convert("RGB").transpose(TURNS[6])
 
     for epoch in range(3):
@@ -301,7 +300,8 @@ MORE_FRAMES = {
 @pytest.mark.parametrize("name", MORE_FRAMES)
 def test_of_an_animation_the_first_frame_is_read_with_a_warning(name: str) -> None:
     kind, make = MORE_FRAMES[name]
-    decoded, intact = decode(make(), FULL), decode(animation(kind), FULL)
+    decoded = decode(make(), FULL)
+    intact = decode(animation(kind), FULL)
 
     assert np.array_equal(decoded.pixels, intact.pixels)
     assert "first_frame_only" in decoded.warnings

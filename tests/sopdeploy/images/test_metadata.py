@@ -95,7 +95,8 @@ def test_a_jpeg_keeps_its_pixels_and_loses_every_secret(make) -> None:
     assert SECRET not in copy
     assert copy.count(b"\xff\xd8\xff") == 1
 
-    before, after = opened(body), opened(copy)
+    before = opened(body)
+    after = opened(copy)
     assert np.array_equal(np.asarray(before), np.asarray(after))
     assert before.mode == after.mode
     assert after.info.get("icc_profile") == before.info.get("icc_profile")

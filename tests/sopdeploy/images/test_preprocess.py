@@ -63,7 +63,8 @@ def test_pixels_equal_torchvision(
     crop, margin = sides
     rules = Preprocess(resize=crop + margin, crop=crop, interpolation=interpolation)
     image = noise(*size, seed)
-    found, expected = preprocess_image(image, rules), from_torchvision(image, rules)
+    found = preprocess_image(image, rules)
+    expected = from_torchvision(image, rules)
 
     assert found.shape == (crop, crop, 3)
     assert found.dtype == np.uint8
@@ -78,7 +79,8 @@ def test_pixels_equal_torchvision(
 def test_of_a_strip_only_the_cropped_part_is_resized(
     size: tuple[int, int], monkeypatch: Any
 ) -> None:
-    strip, sizes = noise(*size), record_images(monkeypatch)
+    strip = noise(*size)
+    sizes = record_images(monkeypatch)
 
     assert preprocess_image(strip, Preprocess()).shape == (224, 224, 3)
     assert sizes == [(224, 224)]
@@ -230,11 +232,13 @@ KINDS += ["RGBa", "CMYK", *sorted(SIXTEEN_BIT)]
 def test_tiled_conversion_equals_conversion_of_the_whole_image(
     kind: str, size: tuple[int, int], tile: int, seed: int, background: tuple[int, int, int]
 ) -> None:
-    rules, image = Preprocess(background=background), few_values(kind, size, seed)
+    rules = Preprocess(background=background)
+    image = few_values(kind, size, seed)
     whole = to_rgb(few_values(kind, size, seed), rules)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pixels, "TILE", tile)
-        found, changes = to_rgb(few_values(kind, size, seed), rules), list_changes(image, rules)
+        found = to_rgb(few_values(kind, size, seed), rules)
+        changes = list_changes(image, rules)
 
     assert found.mode == "RGB"
     assert found.size == size
@@ -248,7 +252,8 @@ def test_tiled_conversion_equals_conversion_of_the_whole_image(
 
 
 def test_gray_with_premultiplied_transparency_is_converted_as_without() -> None:
-    rules, image = Preprocess(background=GREEN), few_values("LA", (9, 7), 1).convert("La")
+    rules = Preprocess(background=GREEN)
+    image = few_values("LA", (9, 7), 1).convert("La")
 
     assert to_rgb(image, rules).tobytes() == to_rgb(image.convert("LA"), rules).tobytes()
     assert list_changes(image, rules) == list_changes(image.convert("LA"), rules)
@@ -328,7 +333,8 @@ FRAMES = {
 @pytest.mark.parametrize("case", FRAMES)
 def test_around_a_first_frame_smaller_than_its_canvas_is_the_background(case):
     body, orientation = FRAMES[case]
-    image, rules = open_image(body), WHOLE.model_copy(update={"exif_orientation": True})
+    image = open_image(body)
+    rules = WHOLE.model_copy(update={"exif_orientation": True})
     left, top, right, bottom = image.tile[0][1]
     image.info["xmp"] = f'tiff:Orientation="{orientation}"'.encode()
     expected = Image.new("RGB", (9, 8), GREEN)

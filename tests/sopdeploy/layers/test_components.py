@@ -83,7 +83,8 @@ def test_the_gathered_form_of_k_of_n_components_equals_the_dense_one(
 
 
 def test_averages_all_components_and_maps_of_one_position_are_not_gathered() -> None:
-    root, x = NewtonSchulzConfig(iterations=3), maps()
+    root = NewtonSchulzConfig(iterations=3)
+    x = maps()
     every = Components("gap", 5, (7,), components=4, evaluated=4, root=root)
     assert [bank.gathering_is_faster(x) for bank in (every, components("linear", (5,)))] == [
         False

@@ -22,7 +22,8 @@ class Views(nn.Module):
 
     def __init__(self, *axes: int, channels: int = 3) -> None:
         super().__init__()
-        self.axes, self.conv = axes, nn.Conv2d(channels, 4, 3, padding=1)
+        self.axes = axes
+        self.conv = nn.Conv2d(channels, 4, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.conv(images).permute(*self.axes).view(len(images), -1)

@@ -73,7 +73,8 @@ class SequenceFirst(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.patches, self.attention = nn.Conv2d(3, 32, 16, 16), nn.MultiheadAttention(32, 4)
+        self.patches = nn.Conv2d(3, 32, 16, 16)
+        self.attention = nn.MultiheadAttention(32, 4)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         tokens = self.patches(images).flatten(2).permute(2, 0, 1)
@@ -99,7 +100,8 @@ def test_macs_are_those_that_torch_counts_for_convolutions_and_linear_layers(
     build: Any, side: int
 ) -> None:
     with torch.device("meta"):
-        network, image = build().eval(), torch.zeros(1, 3, side, side)
+        network = build().eval()
+        image = torch.zeros(1, 3, side, side)
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         network(image)
     aten = torch.ops.aten
@@ -129,7 +131,8 @@ class Subclasses(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.attention = ScaledNorm(3), SelfAttention(3, 1, batch_first=True)
+        self.norm = ScaledNorm(3)
+        self.attention = SelfAttention(3, 1, batch_first=True)
         self.fc = LinearWithBias(3, 5)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

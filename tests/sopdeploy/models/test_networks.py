@@ -110,7 +110,9 @@ def test_the_gate_has_the_architecture_of_a_component() -> None:
         gate = on_meta("gmgap-16-8-resnet18", component_widths=(12, 8), **config).gate
         return [[type(layer) for layer in gate.feature[place]] for place in (0, 1)]
 
-    convolution, norm, relu = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
+    convolution = nn.Conv2d
+    norm = nn.BatchNorm2d
+    relu = nn.ReLU
     assert layers() == [[convolution, relu]] * 2
     assert layers(gate_widths=(8, 6), gate_norm=True)[1] == [convolution, norm, relu]
 

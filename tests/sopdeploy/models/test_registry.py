@@ -18,7 +18,8 @@ from tests.sweep.smallest import ALL, VARIANTS
 
 @pytest.mark.parametrize("name", list_models())
 def test_every_entry_is_complete_and_its_config_survives_a_checkpoint(name: str) -> None:
-    config, line = make_config(name, {}), entry(name)
+    config = make_config(name, {})
+    line = entry(name)
 
     assert make_config(name, config.model_dump(mode="json")) == config
     # Of `describe`
@@ -37,7 +38,8 @@ def test_every_entry_is_built_also_without_what_only_training_uses(name: str) ->
 
 
 def test_the_classes_of_a_network_with_a_head_are_made_once() -> None:
-    one, again = entry("head:resnet18"), entry("head:resnet18")
+    one = entry("head:resnet18")
+    again = entry("head:resnet18")
 
     assert (one.network, one.config) == (again.network, again.config)
     assert entry("head:resnet8").network is not one.network
@@ -89,7 +91,8 @@ def test_a_step_reaches_every_parameter_and_inference_equals_eval_mode(
     small = NETWORKS[case]
     few_blocks(monkeypatch)
     monkeypatch.setitem(resnet.BLOCKS, 50, (2, 1, 1, 1))
-    network, images = small.build().double(), torch.randn(3, 3, small.side, small.side).double()
+    network = small.build().double()
+    images = torch.randn(3, 3, small.side, small.side).double()
 
     assert_a_step_reaches_every_parameter(
         network, images, 0.45 if "timm" in small.name else 0.9

@@ -74,10 +74,8 @@ def test_branches_follow_timms_stages_in_the_nearest_kind_of_block(name, taps, k
 )
 @torch.no_grad()
 def test_tokens_and_maps_with_channels_last_are_taps_like_others(name: str, taps) -> None:
-    network, images = (
-        create_model(f"dsop-timm:{name}", num_classes=3).eval(),
-        torch.randn(2, 3, 160, 160),
-    )
+    network = create_model(f"dsop-timm:{name}", num_classes=3).eval()
+    images = torch.randn(2, 3, 160, 160)
     last, maps = network.feature_maps(images, taps)
 
     assert network.tap_channels == {tap: channels for tap, (channels, _) in taps.items()}

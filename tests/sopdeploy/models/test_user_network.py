@@ -140,7 +140,8 @@ def test_a_registered_network_is_trained_and_exported_with_proof(
 def test_a_checkpoint_of_an_unregistered_network_is_one_line(
     registered: str, tmp_path: Path
 ) -> None:
-    network, path = sopdeploy.create_model(registered), tmp_path / "ckpt.pt"
+    network = sopdeploy.create_model(registered)
+    path = tmp_path / "ckpt.pt"
     save(network, registered, path, Preprocess(resize=8, crop=8))
     del MODELS.registered[registered]
 
@@ -180,7 +181,8 @@ class Small(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(3, 6, 3, stride=2)
         self.last = nn.Conv2d(6, 12, 3, stride=2)
-        self.hidden, self.fc = nn.Linear(12, 9), nn.Linear(9, num_classes)
+        self.hidden = nn.Linear(12, 9)
+        self.fc = nn.Linear(9, num_classes)
         self.after = after or nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -231,7 +233,8 @@ def test_the_vector_joins_the_networks_own_vector_the_means_and_the_roots(
     assert linear is not None
     assert torch.allclose(linear(own), plain(images), atol=1e-6)
 
-    vector, (values,) = network.pooled_head.vector(own, found), found.values()
+    vector = network.pooled_head.vector(own, found)
+    (values,) = found.values()
     assert torch.equal(vector[:, : own.shape[1]], own)
     assert torch.equal(vector[:, own.shape[1] : -36], values.mean(dim=(2, 3)))
     assert vector[:, -36:].shape == (2, 8 * 9 // 2)
@@ -264,10 +267,8 @@ def test_every_head_of_a_recipe_has_its_vector_and_its_distance(kind: Any, lengt
 )
 def test_the_tensors_of_the_network_keep_their_names(name: str) -> None:
     with torch.device("meta"):
-        plain, network = (
-            create_model(name, num_classes=3),
-            create_model(f"head:{name}", num_classes=3),
-        )
+        plain = create_model(name, num_classes=3)
+        network = create_model(f"head:{name}", num_classes=3)
     kept = {key for key in network.state_dict() if not key.startswith("pooled_head.")}
     gone = {key.rpartition(".")[0] for key in plain.state_dict().keys() - kept}
 

@@ -74,7 +74,8 @@ SAVE_FILE = safetensors.torch.save_file
 def test_torchvision_weights_give_the_same_logits(
     tmp_path: Path, save: Callable[..., None], dtype: torch.dtype
 ) -> None:
-    network, file = copy.deepcopy(torchvision_resnet18()).to(dtype), tmp_path / "weights"
+    network = copy.deepcopy(torchvision_resnet18()).to(dtype)
+    file = tmp_path / "weights"
     save(network.state_dict(), file)
     ours, report = imported(file, "resnet18")
     with torch.no_grad():
@@ -124,17 +125,16 @@ def test_a_thousand_classes_get_the_imagenet_names_and_unknown_depths_are_refuse
 
 @pytest.mark.parametrize("beside", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) -> None:
-    network, file = (
-        settled(timm.create_model("test_resnet", num_classes=5)),
-        tmp_path / "model.safetensors",
-    )
+    network = settled(timm.create_model("test_resnet", num_classes=5))
+    file = tmp_path / "model.safetensors"
     safetensors.torch.save_file(network.state_dict(), file)
     if beside:
         write_hub_config(tmp_path, {"input_size": [3, 288, 288], **HUB})
     ours, report = imported(file, "timm:test_resnet")
     with torch.no_grad():
         assert_logits(ours, network.double()(images_of(64)), images_of(64))
-    rules, stored = report.preprocess, timm.get_pretrained_cfg("test_resnet")
+    rules = report.preprocess
+    stored = timm.get_pretrained_cfg("test_resnet")
     side = stored.input_size[-1]
     expected = (
         (320, 288, "bicubic")

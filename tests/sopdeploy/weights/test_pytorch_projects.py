@@ -77,7 +77,8 @@ def test_training_checkpoints_give_the_same_logits(
 
 @pytest.mark.usefixtures("short")
 def test_what_the_file_does_not_tell_must_be_set(tmp_path: Path) -> None:
-    file, released = tmp_path / "a.pth.tar", f"{NUMBERED}, stride 2, 3 steps"
+    file = tmp_path / "a.pth.tar"
+    released = f"{NUMBERED}, stride 2, 3 steps"
     for arch in (None, "se_resnet18"):
         training_file(file, released, arch)
         with pytest.raises(ConfigError, match=r"--option conv5_stride"):
@@ -163,11 +164,9 @@ def test_the_order_of_the_triangle_can_be_given(
     tmp_path: Path, monkeypatch: Any, released: str
 ) -> None:
     """A file whose classifier reads the triangle column by column gives the logits of the one by rows."""
-    name, settings, network = (
-        "fc.weight",
-        DEPTH if released == NUMBERED else {},
-        "isqrt-resnet50",
-    )
+    name = "fc.weight"
+    settings = DEPTH if released == NUMBERED else {}
+    network = "isqrt-resnet50"
 
     if released == "vgg isqrt":
         stages = [
@@ -176,7 +175,8 @@ def test_the_order_of_the_triangle_can_be_given(
         ]
         monkeypatch.setattr(alexnet_vgg, "VGG_STAGES", stages)
         monkeypatch.setattr(alexnet_vgg, "HIDDEN", VGG_HIDDEN)
-        settings, network = {"pooling": "isqrt"}, "vgg16-bn"
+        settings = {"pooling": "isqrt"}
+        network = "vgg16-bn"
 
     state = state_of(released)
     name = next(

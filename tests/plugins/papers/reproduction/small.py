@@ -34,7 +34,8 @@ def small_table(table: PrintedTable) -> PrintedTable:
     """Return *table* with one run per row and changes that let it train in seconds."""
     rows = []
     for row in table.rows:
-        trained, changes = table.recipe_of(row), ()
+        trained = table.recipe_of(row)
+        changes = ()
         if trained is not None:
             with suppress(ConfigError):  # a pooling of a plug-in, which the tests switch off
                 changes = small_overrides(read_recipe(*trained))
@@ -44,7 +45,8 @@ def small_table(table: PrintedTable) -> PrintedTable:
 
 def small_overrides(recipe: Recipe) -> tuple[str, ...]:
     """Build the changes that reduce the network of *recipe* and train it for two epochs on digits."""
-    name, side = recipe.model.name, SIDES[entry(recipe.model.name).image_size]
+    name = recipe.model.name
+    side = SIDES[entry(recipe.model.name).image_size]
     options = make_config(name, recipe.model.config).model_dump(mode="json")
     small = limited(options)
     config = recipe.model.config | {
@@ -52,7 +54,8 @@ def small_overrides(recipe: Recipe) -> tuple[str, ...]:
     }
 
     if name == "vgg16-bn":  # has no narrow form
-        name, config = "resnet8", {"pooling": small["pooling"]}
+        name = "resnet8"
+        config = {"pooling": small["pooling"]}
     elif name.startswith("timm:"):
         name = "timm:test_resnet"
     config |= {"classifier": "linear"} if name == "alexnet" else {}

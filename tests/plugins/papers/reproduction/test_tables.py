@@ -68,7 +68,8 @@ def check_note(planned: Reproduction) -> None:
         r"([^;]+): ((?:--set (?:'[^']*'|\S+) )+)\(parameters and multiply-adds in training: ([^)]*)\)",
         planned.note,
     )
-    rows, said = {row.printed.id: row for row in planned.rows}, set()
+    rows = {row.printed.id: row for row in planned.rows}
+    said = set()
 
     for _name, command, counts in found:
         changes = [word for word in shlex.split(command) if word != "--set"]
@@ -76,7 +77,8 @@ def check_note(planned: Reproduction) -> None:
             recipe = read_recipe(rows[row].source, (*rows[row].overrides, *changes))
             trained = read_recipe(rows[row].source, rows[row].overrides)
             assert recipe.model != trained.model
-            side, classes = recipe.preprocess.crop, DATA_SETS[planned.table.data].classes
+            side = recipe.preprocess.crop
+            classes = DATA_SETS[planned.table.data].classes
             counted = describe(
                 recipe.model.name, image_size=side, num_classes=classes, **recipe.model.config
             ).training
@@ -92,7 +94,8 @@ def check_note(planned: Reproduction) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_each_command_of_a_note_builds_the_network_that_the_note_counts(name: str) -> None:
-    table, chosen = TABLES[name], set()
+    table = TABLES[name]
+    chosen = set()
     for (
         form
     ) in table.forms:  # the first row that has it; those of all rows are in the slow test below

@@ -107,7 +107,8 @@ def test_the_page_is_accessible_to_screen_readers(page, client):
 def test_the_map_is_drawn_over_the_parts_on_which_the_class_depends(
     open_page, serve_with, onnx_runtime
 ):
-    client, picture = serve_with(onnx_runtime), picture_bytes((30, 200, 60))
+    client = serve_with(onnx_runtime)
+    picture = picture_bytes((30, 200, 60))
     page = open_page(client.base_url)
     page.locator("#developers > summary").click()
     page.locator("#explain").check()
@@ -501,7 +502,8 @@ def test_two_models_answer_side_by_side_in_list_and_file(open_page, onnx_runtime
 def test_the_answer_is_shown_while_its_explanation_is_made(
     open_page, serve_with, onnx_runtime, jpeg
 ):
-    client, held = serve_with(onnx_runtime), list[Any]()
+    client = serve_with(onnx_runtime)
+    held = list[Any]()
     page = open_page(client.base_url)
     page.route("**/v1/classify?*explain=true*", lambda route: held.append(route))
     page.locator("#developers > summary").click()

@@ -65,7 +65,8 @@ def test_the_page_requests_a_key_which_survives_a_reload(
 def test_the_docs_request_the_key_show_every_operation_and_send_requests(
     open_page, locked, key
 ):
-    page, headers = open_page(locked.base_url, "/docs"), {"x-api-key": key}
+    page = open_page(locked.base_url, "/docs")
+    headers = {"x-api-key": key}
     page.get_by_text("this server requires a key").wait_for()
     type_key(page, key)
     page.locator(".opblock").first.wait_for()

@@ -72,7 +72,8 @@ def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None
     (tmp_path / "ant" / "notes.txt").write_text("six legs")
     (tmp_path / "Bee" / "scan.TIF").write_bytes(b"II*")
     (tmp_path / "README").write_text("mine")
-    split, lines = open_at(tmp_path), open_folder(tmp_path).notes
+    split = open_at(tmp_path)
+    lines = open_folder(tmp_path).notes
     formats = "JPEG, PNG, WebP, GIF, BMP, AVIF and HEIC"
     skipped = ".tif 1, without an ending 1, .txt 1"
 
@@ -431,7 +432,8 @@ def test_a_text_called_labels_that_lists_no_image_changes_nothing(tmp_path, name
 
 def test_bundles_and_runs_are_never_classes(tmp_path) -> None:
     make(tmp_path, cat=3, dog=3)
-    run, bundle = tmp_path / "photos-1", tmp_path / "photos-3f6c01d2a4b7"
+    run = tmp_path / "photos-1"
+    bundle = tmp_path / "photos-3f6c01d2a4b7"
     for folder, files in (
         (run, ("best.pt", "last.pt")),
         (bundle, ("manifest.json", "model.onnx")),

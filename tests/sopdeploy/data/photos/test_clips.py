@@ -21,7 +21,9 @@ from sopdeploy.training.settings.recipe import read_recipe
 from tests.sopdeploy.data.photos.test_copies import encoded, scene
 from tests.support.small_data import write_classes
 
-CLASSES, OBJECTS, FRAMES = 3, 4, 8
+CLASSES = 3
+OBJECTS = 4
+FRAMES = 8
 
 
 def walk(frames: int, random: np.random.Generator) -> np.ndarray:
@@ -33,7 +35,8 @@ def walk(frames: int, random: np.random.Generator) -> np.ndarray:
 
 def film(frames: int = FRAMES) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draw the vectors of frames of `OBJECTS` clips in each class, of length 1, with classes and objects."""
-    random, count = np.random.default_rng(0), CLASSES * OBJECTS
+    random = np.random.default_rng(0)
+    count = CLASSES * OBJECTS
     vectors = np.concatenate([walk(frames, random) for _ in range(count)])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     objects = np.repeat(np.arange(count), frames)
@@ -130,8 +133,10 @@ def test_alike_frames_of_equal_numbers_do_not_join_clips():
 
 
 def test_photographs_of_two_sources_are_named_and_not_two_clips():
-    random, count = np.random.default_rng(0), 120
-    classes, sources = np.arange(count) % 3, np.arange(count) // 3 % 2
+    random = np.random.default_rng(0)
+    count = 120
+    classes = np.arange(count) % 3
+    sources = np.arange(count) // 3 % 2
     vectors = random.normal(size=(count, 400)) + 8 * np.eye(2, 400)[sources]
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     names = [
@@ -151,7 +156,8 @@ def test_of_several_relations_that_may_be_clips_the_clearest_is_told():
         clips._Measured(excess, 0.9, (first, first + 1), relation)
         for excess, first in ((0.2, 0), (0.6, 2), (0.4, 4))
     ]
-    names, classes = [f"{number}.jpg" for number in range(6)], np.zeros(6, np.int64)
+    names = [f"{number}.jpg" for number in range(6)]
+    classes = np.zeros(6, np.int64)
 
     found = clips._find_doubtful(measured, np.arange(6), names, classes)
     joined = clips._find_doubtful(measured, np.asarray([0, 1, 2, 2, 4, 5]), names, classes)
@@ -234,11 +240,14 @@ def test_the_time_of_a_photograph_is_that_of_its_camera():
 
 
 def test_the_time_of_a_photograph_does_not_depend_on_its_decoding():
-    exif, file = Image.Exif(), io.BytesIO()
+    exif = Image.Exif()
+    file = io.BytesIO()
     exif.get_ifd(0x8769)[0x9003] = "2026:01:12 09:30:11"
     Image.new("RGB", (8, 8)).save(file, "PNG", exif=exif.tobytes())
-    start, end = file.getvalue().index(b"eXIf") - 4, file.getvalue().index(b"IDAT") - 4
-    png, chunk = file.getvalue(), file.getvalue()[start:end]
+    start = file.getvalue().index(b"eXIf") - 4
+    end = file.getvalue().index(b"IDAT") - 4
+    png = file.getvalue()
+    chunk = file.getvalue()[start:end]
     # Before the last chunk
     behind_pixels = (png[:start] + png[end:]).replace(png[-12:], chunk + png[-12:])
 

@@ -65,7 +65,8 @@ def scene(seed: int) -> Image.Image:
     image = Image.new("RGB", (160, 120), tuple(random.integers(0, 255, 3).tolist()))
     for _ in range(12):
         width, height = random.integers(20, 70, 2).tolist()
-        x, y = random.integers(0, 130), random.integers(0, 100)
+        x = random.integers(0, 130)
+        y = random.integers(0, 100)
         color = tuple(random.integers(0, 255, 3).tolist())
         image.paste(color, (int(x), int(y), int(x) + width, int(y) + height))
     return image
@@ -249,7 +250,8 @@ def test_rows_with_the_same_cell_in_the_column_group_are_one_group(tmp_path: Pat
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_a_group_of_several_classes_counts_for_each_of_them(multi_label: bool):
     """Ten patients have benign images, the last two of them also a melanoma."""
-    targets, patients = np.repeat([0, 1], [10, 2]), np.asarray([*range(10), 8, 9])
+    targets = np.repeat([0, 1], [10, 2])
+    patients = np.asarray([*range(10), 8, 9])
     images = ArrayImages(
         ("benign", "melanoma"),
         np.zeros((12, 4, 4, 3), np.uint8),
@@ -287,7 +289,8 @@ class Warnings(Callback):
 
 
 def test_a_class_of_one_group_is_named_and_not_held_out(tmp_path: Path):
-    root, warnings = write_groups(tmp_path / "photos", cat="aaaa", dog="aabb"), Warnings()
+    root = write_groups(tmp_path / "photos", cat="aaaa", dog="aabb")
+    warnings = Warnings()
     recipe = read_recipe("photos-dsop", [f"data.path={root}", *TINY])
     split = divide_images(recipe, open_folder(recipe.data.path), None, Strategy(CPU)).data
 
@@ -300,7 +303,8 @@ def test_a_class_of_one_group_is_named_and_not_held_out(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["loop", "fine_tune"])
 def test_the_loop_does_not_start_if_every_class_is_one_group(tmp_path: Path, kind: str):
-    root, warnings = write_groups(tmp_path / "photos", cat="aaaa", dog="aaaa"), Warnings()
+    root = write_groups(tmp_path / "photos", cat="aaaa", dog="aaaa")
+    warnings = Warnings()
     recipe = read_recipe("photos-dsop", [f"data.path={root}", *TINY, f"procedure.kind={kind}"])
     problem = "cat, dog: all images"
 

@@ -30,7 +30,8 @@ def textbook_root(features: Tensor, rule: NewtonSchulzConfig) -> Tensor:
     norms = {"trace": trace, "frobenius": torch.linalg.matrix_norm(cov)}
     norm = norms[rule.prenorm][:, None, None]
     identity = torch.eye(cov.shape[1], dtype=cov.dtype)
-    y, z = cov / norm, identity.expand_as(cov)
+    y = cov / norm
+    z = identity.expand_as(cov)
     for _ in range(rule.iterations):
         step = 0.5 * (3.0 * identity - z @ y)
         y, z = y @ step, step @ z
