@@ -85,6 +85,15 @@ def test_the_live_bundle_is_served_whatever_was_exported_or_refused_later(
     assert served(folder) == [middle.name]
 
 
+def test_of_two_links_the_last_promoted_bundle_is_served(
+    folder: Path, versions: list[Path]
+) -> None:
+    record(folder, versions[1], link="live")
+    record(folder, versions[0], link="canary")
+
+    assert served(folder) == [versions[0].name]
+
+
 def test_another_bundle_is_not_served_if_the_live_one_is_damaged(
     folder: Path, versions: list[Path]
 ) -> None:

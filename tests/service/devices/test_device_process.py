@@ -20,7 +20,7 @@ from sopdeploy_service.devices import channel, control
 from sopdeploy_service.devices.device_process import DeviceProcess
 from sopdeploy_service.devices.remote import DeviceChannel, RemoteModel, RemoteRegistry
 from sopdeploy_service.inference.loader import LoadedModel
-from sopdeploy_service.inference.model import Registry
+from sopdeploy_service.inference.model import ImageResult, Registry, RuntimeFacts
 from sopdeploy_service.inference.model_registry import ModelRegistry
 from sopdeploy_service.inference.results import DRAINING, RejectedError
 from sopdeploy_service.runtime.base import Runtime
@@ -117,6 +117,40 @@ def test_the_outputs_of_an_image_do_not_depend_on_its_slot(bundle) -> None:
         assert 0 < model.pace.batch_seconds(1) < math.inf
 
     run_with(FakeRuntime(num_classes=7), bundle, scenario)
+
+
+class ChannelOfTests:
+    """A channel to a device process that runs each image at once, in batches of two that take 0.5 s."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        runtime = RuntimeFacts("fake", "cpu", 8)
+        self.models = [channel.ModelFacts("tiny", bundle, runtime, ())]
+        self.is_open = True
+        self.queue_length = 0
+        self.sent = 0
+
+    async def run(self, *_: object, **_options: object) -> ImageResult:
+        self.sent += 1
+        return ImageResult({}, {"infer": 0.5}, 2)
+
+
+def test_of_equal_queues_the_device_process_with_fewer_images_is_chosen(bundle) -> None:
+    channels = [ChannelOfTests(bundle) for _ in range(2)]
+    model = RemoteModel([(one, 0) for one in channels], SETTINGS)  # type: ignore[misc]
+    for _ in range(4):
+        asyncio.run(model.run(PIXELS[0], FOREVER))
+
+    assert [one.sent for one in channels] == [2, 2]
+
+
+def test_the_time_of_a_batch_is_recorded_once_for_all_its_images(bundle, monkeypatch) -> None:
+    model = RemoteModel([(ChannelOfTests(bundle), 0)], SETTINGS)  # type: ignore[list-item]
+    recorded = []
+    monkeypatch.setattr(model.pace, "record", lambda *batch: recorded.append(batch))
+    for _ in range(2):
+        asyncio.run(model.run(PIXELS[0], FOREVER))
+
+    assert recorded == [(2, 0.5)]
 
 
 def test_an_image_that_fails_has_the_error_of_the_engine(bundle) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sopdeploy_service.http.api_keys import new_key
+from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime
@@ -62,6 +63,18 @@ def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jp
     assert rejected["route"] == "other"
     assert "key" not in rejected
     assert all(secret not in stream.read_text() for secret in (key, "guess"))
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_only_probes_that_fail_are_logged_by_default(logged, serve_with, monkeypatch, status):
+    client = serve_with(FakeRuntime(num_classes=7))
+    state = "ok" if status == 200 else "draining"
+    monkeypatch.setattr(Service, "state", property(lambda _: state))
+    stream = logged(log="json")
+    assert client.get("/readyz").status_code == status
+
+    logged.end()
+    assert [line["status"] for line in requests(stream)] == [503] * (status == 503)
 
 
 # Headers of each path
