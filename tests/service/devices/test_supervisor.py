@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -205,6 +205,40 @@ def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> N
         monkeypatch.setattr(server, "_start", start)
         assert asyncio.run(server.run()) == 0
     assert next(starts) == 1101
+
+
+@pytest.mark.parametrize(
+    ("stable_seconds", "delays"),
+    [(60.0, [0, 1, 3, 7, 7]), (0.0, [0, 0, 0, 0, 0])],
+    ids=["dies early", "ran long enough"],
+)
+def test_only_a_process_that_dies_early_is_restarted_later_each_time(
+    monkeypatch, stable_seconds: float, delays: list[int]
+) -> None:
+    monkeypatch.setattr(supervisor, "STABLE_SECONDS", stable_seconds)
+    settings = load_settings()
+    process = Process("cpu", {}, settings, "cpu", 0)
+    waited = []
+
+    with socket.socket() as listener:
+        server = supervisor.Supervisor([], settings, [process], listener)
+
+        async def start(_: Process) -> None:
+            process.bundles = "flowers"  # it was ready
+            process.child = SimpleNamespace(poll=lambda: 1, kill=lambda: None)
+
+        async def note_delay(stopping: Coroutine[object, object, bool], delay: float) -> None:
+            stopping.close()
+            waited.append(delay)
+            if len(waited) == len(delays):
+                server._stopping.set()
+            raise TimeoutError
+
+        monkeypatch.setattr(server, "_start", start)
+        monkeypatch.setattr(supervisor.asyncio, "wait_for", note_delay)
+        assert asyncio.run(server.run()) == 0
+
+    assert waited == delays
 
 
 def test_a_system_without_room_for_a_process_is_asked_again(monkeypatch, caplog) -> None:
