@@ -14,7 +14,6 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -343,27 +342,29 @@ def test_a_run_of_classify_of_a_later_version_names_who_reads_it(
 @pytest.mark.parametrize("files", ["0.3.0"], indirect=True)
 def test_kept_photos_move_below_their_predicted_classes(files: Path) -> None:
     """By the program on the page, with the photos that 0.3.0 labelled."""
-    (record,) = (files / "kept").glob("*.json")
-    labels, logits, name = itemgetter("labels", "logits", "image")(
-        json.loads(record.read_text())
-    )
-    for digit, suffix in itertools.product("67", ("-sample", "")):
-        photo = files / "photos-held-out" / "one" / f"{'0' * 15}{digit}{'0' * 16}{suffix}.jpg"
-        photo.parent.mkdir(parents=True, exist_ok=True)
-        photo.write_bytes(b"image")
-    (files / "kept" / f"{'1' * 32}.labelled").touch()
+    kept = files / "kept"
+    (record,) = kept.glob("*.json")
+    fields = json.loads(record.read_text())
+    predicted = fields["labels"][np.argmax(fields["logits"])]
+    stem, suffix = fields["image"][:32], fields["image"][32:]
+    (kept / f"{'1' * 32}.labelled").touch()
+
+    # Labelled photos, of which one decides: it is of the sample, and its 16th digit is even.
+    held_out = files / "photos-held-out" / "one"
+    held_out.mkdir(parents=True, exist_ok=True)
+    for digit, sample in itertools.product("67", ("-sample", "")):
+        (held_out / f"{'0' * 15}{digit}{'0' * 16}{sample}.jpg").write_bytes(b"image")
+    deciding = f"{'0' * 15}6{'0' * 16}-sample.jpg"
 
     (program,) = blocks(PAGE, "python")
     command = [sys.executable, "-c", program, "kept", "photos"]
     for _ in range(2):  # a second run changes nothing
         subprocess.run(command, cwd=files, check=True)
 
-    moved = files / "kept" / labels[np.argmax(logits)] / f"{name[:32]}-sample{name[32:]}"
-    kept = {path for path in (files / "kept").rglob("*") if path.is_file()}
-    assert kept == {moved, moved.with_suffix(".json")}
-    assert {"sample", "reported"} >= {
-        *json.loads(moved.with_suffix(".json").read_text())["data"]["reasons"].split(", ")
-    } - {"low_margin", "unknown"}
-    deciding = f"{'0' * 15}6{'0' * 16}-sample.jpg"
+    moved = kept / predicted / f"{stem}-sample{suffix}"
+    now = moved.with_suffix(".json")
+    assert {path for path in kept.rglob("*") if path.is_file()} == {moved, now}
+    reasons = {*json.loads(now.read_text())["data"]["reasons"].split(", ")}
+    assert reasons <= {"sample", "reported", "low_margin", "unknown"}
     assert [path.name for path in (files / "photos" / "one").iterdir()] == [deciding]
-    assert len([*(files / "photos-held-out" / "one").iterdir()]) == 3
+    assert len([*held_out.iterdir()]) == 3
