@@ -406,13 +406,14 @@ def images_in_two_parts(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("procedure", "make"),
+    ("procedure", "make", "own"),
     [
-        ("few_shot", few_images),
-        pytest.param("loop", images_in_two_parts, marks=pytest.mark.nightly),
+        ("few_shot", few_images, []),
+        pytest.param("loop", images_in_two_parts, ["epochs=1"], marks=pytest.mark.nightly),
     ],
+    ids=["few_shot", "loop"],
 )
-def test_train_reports_how_many_unknown_images_it_recognizes(tmp_path, procedure, make):
+def test_train_reports_how_many_unknown_images_it_recognizes(tmp_path, procedure, make, own):
     photos = make(tmp_path)
     unknown = stripes(tmp_path / "photos-unknown", 12)
     settings = [
@@ -421,7 +422,7 @@ def test_train_reports_how_many_unknown_images_it_recognizes(tmp_path, procedure
         f"procedure.kind={procedure}",
         f"rejection.unknown={unknown}",
     ]
-    recipe = read_recipe("photos", [*settings, "epochs=1"])
+    recipe = read_recipe("photos", [*settings, *own])
     result = train_recipe(recipe, tmp_path / "run")
     count, tested = result.decision.rejection.recognized
 
