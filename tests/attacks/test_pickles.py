@@ -53,9 +53,9 @@ READERS = {
     # with allow_pickle=False
     "sopdeploy/bundle/probes.py: np.load",
     "sopdeploy/training/few_shot/other_things.py: np.load",
-    "sopdeploy/weights/checkpoint.py: import pickle",  # the type of an exception
-    "sopdeploy/weights/checkpoint.py: safetensors.load",  # JSON and numbers
-    "sopdeploy/weights/checkpoint.py: torch.load",  # with weights_only=True
+    "sopdeploy/weights/tensor_files.py: import pickle",  # the type of an exception
+    "sopdeploy/weights/tensor_files.py: safetensors.load",  # JSON and numbers
+    "sopdeploy/weights/tensor_files.py: torch.load",  # with weights_only=True
     # numbers, text and structs
     "plugins/papers/sopdeploy_papers/gmsop_weights.py: scipy_io.loadmat",
     "sopdeploy/images/metadata.py: exif.load",  # bytes
