@@ -91,6 +91,7 @@ def test_a_constant_choice_of_elements_is_lowered(form: str, tmp_path: Path) -> 
         lambda _, x: x.flatten(1)[:, x.flatten(1)[0].nonzero()[:TRIANGLE, 0]],
         lambda _, x: x.flatten(1)[:, (x.flatten(1)[0] > -9).nonzero()[:TRIANGLE, 0]],
         lambda _, x: x[:, (x[0] > 0) | (upper() > 0)][:, :TRIANGLE],
+        lambda _, x: x[:, (upper() > 0) | (x[0] > 0)][:, :TRIANGLE],
     ],
 )
 def test_a_choice_by_values_of_images_is_refused(
