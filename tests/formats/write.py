@@ -71,7 +71,7 @@ def write(program: Path, archive: Path) -> None:
 def keep(program: Path, files: Path, bundle: Path) -> None:
     """Let a server of *bundle* keep the photograph in *files*."""
     (files / "kept").mkdir(mode=0o700)
-    settings = ("--setting=keep=kept", "--setting=keep_sample=1", "--port=0")
+    settings = ("--set=keep=kept", "--set=keep_sample=1", "--port=0")
     command = [program, "serve", bundle, *settings]
     with subprocess.Popen(
         command, cwd=files, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
