@@ -18,7 +18,7 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_check, print_field
 from sopdeploy.errors import BundleError, amount
 from sopdeploy.images.decode import decode
-from sopdeploy_service.inference.loader import load_bundle, open_in_time
+from sopdeploy_service.inference.loader import check_trust, load_bundle, open_in_time
 from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 
@@ -111,13 +111,15 @@ def verify(
         ParityError: An output deviates.
         RuntimeUnavailableError: No runtime of this machine can run the bundle.
     """
-    # The hashes of all files, the graph and the certificate.
+    # The hashes of all files, the signature if one is required, the graph and the certificate.
     chosen = settings or load_settings(runtime=runtime)
     opened = open_in_time(Path(bundle), chosen)
+    check_trust(opened, chosen)
     onnx_root = check_graph_and_certificate(opened)
 
-    # The signature, if one is required, and the reference outputs.
-    loaded = load_bundle(opened, chosen, thorough=True)
+    # The reference outputs. The signature is read once: it could be exchanged now.
+    trusting = chosen.model_copy(update={"require_signature": None})
+    loaded = load_bundle(opened, trusting, thorough=True)
     probes = read_probes(opened)
     _check_tolerances(opened, probes)
 
