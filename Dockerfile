@@ -40,7 +40,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 
 # --- server: everything that the images have in common
 FROM ${PYTHON_IMAGE} AS server
-ARG VERSION=0.3.0
+ARG VERSION=0.4.0
 LABEL org.opencontainers.image.title="sopdeploy" \
       org.opencontainers.image.description="Train second-order image classifiers (DSoP, GSoP, GM-SOP), detach their auxiliary branches with proof, lower them to ONNX and TensorRT, and serve them with FastAPI." \
       org.opencontainers.image.licenses="Apache-2.0" \
