@@ -53,7 +53,7 @@ class Load:
 def put_loads(url: str, folder: Path, seconds: float, connections: int) -> Load:
     """Put load from `CLIENTS` processes of this program, because one would be the limit of a fast server.
 
-    The latencies are those of the median process.
+    Each latency is the median over the processes.
     """
     with ThreadPoolExecutor(CLIENTS) as pool:
         options = "--connections", connections // CLIENTS

@@ -114,7 +114,7 @@ def cli_page() -> str:
 
 
 def generated(*, with_models: bool = True) -> dict[Path, str]:
-    """Build all pages; that of the models counts every network."""
+    """Build the text of each page; the page of models takes longest, because it counts every network."""
     texts = {
         FOLDER / "cli.md": cli_page(),
         FOLDER / "errors.md": errors_page(),

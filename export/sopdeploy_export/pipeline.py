@@ -175,7 +175,7 @@ def _measure(
     options: ExportOptions,
     checks: Checks,
 ) -> _Measured:
-    """Measure the statements about runs: *plain*, that of the network *trained*, and runs of *file*.
+    """Measure the statements about runs: the run *plain* of the network *trained*, and runs of *file*.
 
     *images*, uint8 (P, H, W, 3), are the last ones of *plain*, which are compared with the network in float64.
     *parts* of the network are removed.

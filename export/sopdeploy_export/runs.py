@@ -120,9 +120,9 @@ def widen_dtype(value: Any) -> Any:
 
 
 class PlainOutputs(NamedTuple):
-    """A plain run: P uint8 images (H, W, 3) by name, the outputs (P, ...) for them, and those of a repeated batch.
+    """A plain run: P uint8 images (H, W, 3) by name, and the outputs (P, ...) for them.
 
-    This is the batch `REPEATED`, which ran again at the end.
+    The batch `REPEATED` ran again at the end; *repeated* are its second outputs.
     """
 
     images: Mapping[str, NDArray[np.uint8]]

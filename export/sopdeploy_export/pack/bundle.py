@@ -104,8 +104,8 @@ def write_golden_examples(
     """Write golden examples of *session*, whose images *preprocess* converts, to *folder*.
 
     Images for which rounding can change the choice of the gate of *network* are left out; *gate* computes
-    its logits. *tolerance* is the tolerance of the logits of the probes; that of the examples is
-    a multiple of it (`TOLERANCES`).
+    its logits. *tolerance* is allowed for the logits of the probes, and `TOLERANCES` times
+    as much for the logits of the examples.
     """
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
