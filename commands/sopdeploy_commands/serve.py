@@ -13,10 +13,10 @@ from sopdeploy.cli.console import err, plain_text
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.settings import (
     Settings,
+    describe_unused_variables,
     load_settings,
     parse_assignments,
     to_toml,
-    unused_variables,
 )
 
 
@@ -32,17 +32,9 @@ def setting_flags(*names: str) -> dict[str, tuple[Any, str]]:
     return flags
 
 
-def _parse_and_warn(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
-    """Parse the settings of a command line, and print which environment variables have no effect."""
-    for name in unused_variables():
-        note = f"environment variable {name} is not a setting and has no effect"
-        err.print(Text.assemble(("note:", "yellow"), " ", plain_text(note)))
-    return parse_assignments(assignments, **flags)
-
-
 @command(
     settings=SettingOptions(
-        _parse_and_warn,
+        parse_assignments,
         setting_flags(
             "host",
             "port",
@@ -84,7 +76,7 @@ def serve(
         The exit code: 0 after a drain, 70 if a runtime died, 2 if one of several processes cannot start.
 
     Raises:
-        ConfigError: Invalid settings, the port is in use, or the server would block an event loop.
+        ConfigError: Invalid settings, or some that have left; the port is in use; an event loop runs.
         BundleError: A bundle is damaged.
         SopdeployError: No runtime can run a bundle, or its outputs differ from its probes.
 
@@ -99,7 +91,11 @@ def serve(
     """
     sources = [bundles] if isinstance(bundles, str | Path) else list(bundles)
 
+    # Who upgrades learns of all settings and variables that have left in one message.
     loaded = load_settings(None if config is None else Path(config), **settings)
+    for note in describe_unused_variables():
+        err.print(Text.assemble(("note:", "yellow"), " ", plain_text(note)))
+
     if print_config:
         sys.stdout.write(to_toml(loaded))
         return 0

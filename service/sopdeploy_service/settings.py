@@ -30,6 +30,7 @@ from sopdeploy.base.nearest import did_you_mean
 from sopdeploy.base.plugins import RUNTIMES, VARIABLE
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
+from sopdeploy_service.former_settings import FORMER_SETTINGS
 from sopdeploy_service.origins import Network, parse_host, parse_network
 
 
@@ -290,8 +291,8 @@ class Settings(StrictModel):
 def load_settings(file: str | Path | None = None, /, **flags: Any) -> Settings:
     """Load settings from *flags* (None is ignored), the environment, the TOML *file* and the defaults.
 
-    Raises `ConfigError` for a missing or malformed file, and for the first unknown or invalid
-    setting.
+    Raises `ConfigError` for a missing or malformed file, for all settings that have left, and for
+    the first unknown or invalid setting.
     """
     # Read the file.
     values: dict[str, Any] = {}
@@ -319,10 +320,14 @@ def load_settings(file: str | Path | None = None, /, **flags: Any) -> Settings:
 
     # The environment goes before the file, and flags go before the environment.
     for name in Settings.model_fields:
-        if (text := os.environ.get(f"{VARIABLE_PREFIX}{name}".upper())) is not None:
+        if (text := os.environ.get(variable_of(name))) is not None:
             values[name] = text
 
     values |= {name: value for name, value in flags.items() if value is not None}
+
+    # Who upgrades learns at once what has left.
+    if former := sorted(FORMER_SETTINGS.keys() & values.keys()):
+        raise ConfigError(_describe_former(former))
 
     # Check the settings; the error tells what to do.
     try:
@@ -346,7 +351,7 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
         if not equals and name in Settings.model_fields:
             raise ConfigError(f"{name}: give it a value, {name}=VALUE")
 
-        if name not in Settings.model_fields:
+        if name not in {*Settings.model_fields, *FORMER_SETTINGS}:
             hint = did_you_mean(
                 name, Settings.model_fields.keys(), "`--print-config` lists all settings"
             )
@@ -356,13 +361,47 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
     return assigned | {name: value for name, value in flags.items() if value is not None}
 
 
-def unused_variables() -> list[str]:
-    """List environment variables that start with `SOPDEPLOY_` but name no setting."""
-    used = {f"{VARIABLE_PREFIX}{name}".upper() for name in Settings.model_fields}
-    used |= {FILE_VARIABLE, VARIABLE}  # `VARIABLE` is that of `sopdeploy.plugins`
-    return sorted(
-        name for name in os.environ if name.startswith(VARIABLE_PREFIX) and name not in used
+def variable_of(name: str) -> str:
+    """Return the environment variable of the setting *name*."""
+    return f"{VARIABLE_PREFIX}{name}".upper()
+
+
+def describe_unused_variables() -> list[str]:
+    """Say which environment variables that start with `SOPDEPLOY_` have no effect.
+
+    Raises `ConfigError` if a server would be less protected without the effect that one had.
+    """
+    former = _former_variables()
+    if any(FORMER_SETTINGS[name].protected(text) for name, text in former.items()):
+        raise ConfigError(_describe_former())
+
+    known = {variable_of(name) for name in (*Settings.model_fields, *former)}
+    known |= {FILE_VARIABLE, VARIABLE}  # `VARIABLE` is that of `sopdeploy.plugins`
+    unknown = sorted(
+        name for name in os.environ if name.startswith(VARIABLE_PREFIX) and name not in known
     )
+
+    notes = [
+        f"environment variable {name} is not a setting and has no effect" for name in unknown
+    ]
+    return [*notes, _describe_former()] if former else notes
+
+
+def _former_variables() -> dict[str, str]:
+    """Return the values of the environment variables of `FORMER_SETTINGS`, by the names of the settings."""
+    texts = {name: os.environ.get(variable_of(name)) for name in FORMER_SETTINGS}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _describe_former(names: Iterable[str] = ()) -> str:
+    """Say what replaces the settings *names*, which have left, and those of environment variables."""
+    places = {name: name for name in names}
+    places |= {variable_of(name): name for name in _former_variables()}
+
+    listed = (
+        f"{place} (instead: {FORMER_SETTINGS[name].instead})" for place, name in places.items()
+    )
+    return f"settings: these have left, remove them: {', '.join(listed)}"
 
 
 def to_toml(settings: Settings) -> str:

@@ -7,12 +7,19 @@ import pydantic
 import pytest
 
 from sopdeploy.errors import ConfigError
+from sopdeploy.images.limits import FORMATS
+from sopdeploy_commands.serve import serve
+from sopdeploy_service.api import admission
 from sopdeploy_service.devices.processes import list_devices
+from sopdeploy_service.former_settings import FORMER_SETTINGS
+from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.loader import largest_batch
 from sopdeploy_service.server import http_protocol
 from sopdeploy_service.settings import (
     LARGEST_BODY,
+    MAX_UPLOAD_BYTES,
     Settings,
+    describe_unused_variables,
     load_settings,
     parse_assignments,
     to_toml,
@@ -56,6 +63,93 @@ def test_each_setting_of_the_released_version_is_accepted_by_its_name() -> None:
             accepted |= {str(name) for name in field.validation_alias.choices}
 
     assert {*RELEASED.split()} - accepted == set()
+
+
+# Values of former settings that protected more than the server does now, and others; each limit is
+# tried below, at and above what holds now, and as a text of no number
+LIMITS = {
+    "body_grace_seconds": admission.BODY_GRACE_SECONDS,
+    "decode_seconds": decoders.DECODE_SECONDS,
+    "header_timeout": http_protocol.HEADER_SECONDS,
+    "max_json_bytes": admission.MAX_JSON_BYTES,
+    "max_upload_bytes": MAX_UPLOAD_BYTES,
+    "write_timeout": http_protocol.WRITE_SECONDS,
+}
+PROTECTED: dict[str, tuple[list[object], list[object]]] = {
+    **{
+        name: ([limit - 1, "", "10 s", "nan"], [limit, limit + 1])
+        for name, limit in LIMITS.items()
+    },
+    "min_body_rate": (
+        [admission.MIN_BODY_RATE + 1, "fast"],
+        [admission.MIN_BODY_RATE, admission.MIN_BODY_RATE - 1],
+    ),
+    "formats": (["jpeg", "JPEG, png", ""], [",".join(FORMATS), ", ".join(FORMATS).upper()]),
+    "memory_budget": (["20GB", "1"], []),
+    "metrics_need_key": (["true", "1", "yes", "required"], ["false", "0", "off"]),
+    "batch_timeout_seconds": ([], ["1"]),
+    "keep_alive_seconds": ([], ["5", "3700"]),
+    "load_timeout": ([], ["10"]),
+    "log_sample": ([], ["0", "1"]),
+    "max_queue_delay_ms": ([], ["5"]),
+}
+
+
+def test_each_former_setting_has_cases() -> None:
+    assert PROTECTED.keys() == FORMER_SETTINGS.keys()
+    assert FORMER_SETTINGS.keys() & Settings.model_fields.keys() == set()
+
+
+@pytest.mark.parametrize("name", PROTECTED)
+def test_a_variable_whose_protection_has_left_refuses_the_start(monkeypatch, name):
+    stricter, others = PROTECTED[name]
+    variable = f"SOPDEPLOY_{name}".upper()
+
+    for value in stricter:
+        monkeypatch.setenv(variable, str(value))
+        with pytest.raises(ConfigError, match=variable) as caught:
+            serve("bundle", print_config=True)
+        assert FORMER_SETTINGS[name].instead in str(caught.value)
+    for value in others:
+        monkeypatch.setenv(variable, str(value))
+        (note,) = describe_unused_variables()
+        assert variable in note
+        assert FORMER_SETTINGS[name].instead in note
+
+
+def test_all_that_has_left_is_reported_in_one_message(monkeypatch, tmp_path, capsys):
+    """With an error, of a file, of an argument and of the environment; without one, in one note."""
+    file = tmp_path / "settings.toml"
+    in_file = ["header_timeout", "keep_alive_seconds", "formats"]
+    file.write_text("".join(f"{name} = 1\n" for name in in_file))
+    monkeypatch.setenv("SOPDEPLOY_LOAD_TIMEOUT", "60")
+    monkeypatch.setenv("SOPDEPLOY_LOG_SAMPLE", "0.1")
+    variables = ["SOPDEPLOY_LOAD_TIMEOUT", "SOPDEPLOY_LOG_SAMPLE"]
+
+    given = parse_assignments(["metrics_need_key=false"])
+    with pytest.raises(ConfigError) as caught:
+        serve("bundle", config=file, **given)
+    message = str(caught.value)
+    assert [name for name in (*in_file, *given, *variables) if name not in message] == []
+    assert "\n" not in message
+
+    # None of the variables protected anything.
+    assert serve("bundle", print_config=True) == 0
+    (note,) = [line for line in capsys.readouterr().err.split("note:") if line.strip()]
+    assert [name for name in variables if name not in "".join(note.split())] == []
+
+    # One of them did, so all are in the error.
+    monkeypatch.setenv("SOPDEPLOY_METRICS_NEED_KEY", "true")
+    with pytest.raises(ConfigError) as caught:
+        serve("bundle", print_config=True)
+    for name in (*variables, "SOPDEPLOY_METRICS_NEED_KEY"):
+        assert name in str(caught.value)
+
+
+def test_other_commands_than_serve_are_not_refused(monkeypatch):
+    monkeypatch.setenv("SOPDEPLOY_METRICS_NEED_KEY", "true")
+
+    assert load_settings().keys == Settings().keys
 
 
 def test_a_list_of_words_has_spaces_and_commas_as_people_write_them() -> None:
