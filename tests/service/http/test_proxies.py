@@ -411,6 +411,49 @@ def proxying(
             process.kill()
 
 
+# Paths that a proxy or a server may take for the one of the metrics
+METRICS = [
+    "/ml/metrics",
+    "/ml/metrics?a=b",
+    "/ml/metrics/",
+    "/ml/metrics;a",
+    "/ml/%6detrics",
+    "/ml/%6Detrics",
+    "/%6dl/metrics",
+    "/ml%2fmetrics",
+    "/ml/%2fmetrics",
+    "/ml/v1%2f..%2fmetrics",
+    "/ml//metrics",
+    "//ml/metrics",
+    "/ml/./metrics",
+    "/ml/v1/../metrics",
+    "/ml/v1/%2e%2e/metrics",
+    "/ml/ml/metrics",
+    "/metrics",
+]
+
+
+def metrics_seen(client: httpx.Client) -> list[str]:
+    """Return the paths of `METRICS` at which *client* gets the metrics; httpx itself would rewrite some."""
+    seen = []
+    for path in METRICS:
+        with connect(client) as wire:
+            lines = [f"GET {path} HTTP/1.1", "Host: shop.example", "Connection: close"]
+            wire.sendall("\r\n".join([*lines, "", ""]).encode())
+            if b"sopdeploy_ready" in b"".join(iter(lambda: wire.recv(65_536), b"")):
+                seen.append(path)
+    return seen
+
+
+def test_the_files_for_proxies_name_the_metrics(bundle) -> None:
+    settings = Settings(**tomllib.loads(block("toml")))
+    with running(FakeRuntime(num_classes=7), bundle, settings) as client:
+        assert {"/ml/metrics", "/metrics"} <= {*metrics_seen(client)}
+
+    for language in ("nginx", "haproxy", "caddyfile", "yaml"):
+        assert f"{settings.root_path}/metrics" in block(language)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("with_keys", [False, True], ids=["without keys", "with keys"])
 @pytest.mark.parametrize("write", [nginx, haproxy, caddy, traefik])
@@ -445,6 +488,7 @@ def test_the_files_for_real_proxies_lead_to_the_server(
             assert (too_large.status_code, too_large.json()["code"]) == (413, "too_large")
             assert too_large.headers["content-type"] == "application/problem+json"
 
+        assert metrics_seen(proxied) == []
         foreign = proxied.get("/ml/info", headers={**headers, "origin": "https://evil.example"})
         assert foreign.status_code == 403
         redirected = proxied.get("/ml", headers=headers)
