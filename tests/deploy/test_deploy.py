@@ -27,6 +27,8 @@ from typer.main import get_command
 from sopdeploy.base.plugins import VARIABLE
 from sopdeploy.errors import BundleError
 from sopdeploy_commands.app import app
+from sopdeploy_service.app import PATHS
+from sopdeploy_service.http.middleware import METRICS_PATH
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.keep import Keeper
 from sopdeploy_service.observability.metrics import Metrics
@@ -228,17 +230,43 @@ def test_a_pod_has_the_priority_annotations_and_account_of_the_values(everything
 def test_the_optional_parts_name_ports_that_exist(everything) -> None:
     pod = everything["Deployment"]["spec"]["template"]["spec"]
     service = everything["Service"]["spec"]["ports"]
-    (path,) = everything["Ingress"]["spec"]["rules"][0]["http"]["paths"]
-    backend = path["backend"]["service"]
+    paths = everything["Ingress"]["spec"]["rules"][0]["http"]["paths"]
+    backend = paths[0]["backend"]["service"]
     monitor = everything["ServiceMonitor"]["spec"]
     policy = everything["NetworkPolicy"]["spec"]
 
     pod_ports = {port["name"] for port in pod["containers"][0]["ports"]}
     assert {port["targetPort"] for port in service} == pod_ports
+    assert [path for path in paths if path["backend"]["service"] != backend] == []
     assert backend["name"] == everything["Service"]["metadata"]["name"]
     assert backend["port"]["name"] in {port["name"] for port in service}
     assert [end["port"] for end in monitor["endpoints"]] == ["http"]
     assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == ["http"]
+
+
+def reaches(rules: list[dict[str, Any]], path: str) -> bool:
+    """Check whether one of *rules* of an ingress takes *path*, as Kubernetes defines it."""
+    return any(
+        path == rule["path"]
+        if rule["pathType"] == "Exact"
+        else f"{path}/".startswith(f"{rule['path'].rstrip('/')}/")
+        for rule in rules
+    )
+
+
+@pytest.mark.parametrize("root", ["/", "/ml", "/a/b"])
+def test_the_ingress_leads_to_every_path_of_the_server_but_the_metrics(root: str) -> None:
+    _, (texts,) = run_helm([{"ingress": {"host": "shop.example", "path": root}}])
+    found = [each for text in texts for each in yaml.safe_load_all(text) if each]
+    (ingress,) = [each for each in found if each["kind"] == "Ingress"]
+    kubernetes_validate.validate(ingress, KUBERNETES, strict=True)
+    rules = ingress["spec"]["rules"][0]["http"]["paths"]
+    prefix = root.rstrip("/")
+
+    assert {path for path in PATHS if not reaches(rules, prefix + path)} == {METRICS_PATH}
+    assert reaches(rules, root)
+    for path in ("//metrics", "/metrics/", "/v1metrics"):
+        assert not reaches(rules, prefix + path)
 
 
 def test_the_network_policy_lets_in_and_out_what_the_values_say(everything) -> None:
