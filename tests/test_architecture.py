@@ -89,6 +89,29 @@ def test_a_release_raises_the_version_in_each_file_that_states_it() -> None:
     assert stating - raised == {"pyproject.toml"}  # which the release changes itself
 
 
+def test_an_image_of_this_project_has_the_version_that_a_release_raises() -> None:
+    bump = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "bumpversion"
+    ]
+    version = sopdeploy.__version__
+    raised = {
+        (entry["filename"], entry["search"].format(current_version=version))
+        for entry in bump["files"]
+    }
+    named = {
+        (name(path), found)
+        for path in TEXT_FILES
+        if not {"tests", "CHANGELOG.md"} & {*path.relative_to(ROOT).parts}
+        for found in re.findall(
+            r"(?:\btag: |\bimage\.tag=|\bsopdeploy:)\d+\.\d+\.\d+",
+            path.read_text(encoding="utf-8"),
+        )
+    }
+
+    assert len(named) > 4
+    assert named - raised == set()
+
+
 def test_dunder_all_names_exactly_the_lazy_exports() -> None:
     assert sopdeploy.__all__ == sorted(sopdeploy.__all__)
     assert all(getattr(sopdeploy, exported) is not None for exported in sopdeploy.__all__)

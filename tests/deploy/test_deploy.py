@@ -345,6 +345,7 @@ def test_the_schema_of_the_chart_has_exactly_the_keys_of_its_values() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
     values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
     absent = {"global", "resources.claims"}  # of Helm, and of clusters with dynamic resources
+    absent |= {"models.pull", "autoscaling.queueDepth"}  # of 0.3.0, if empty
     assert set(same_keys(leaves(schema), values, "")) == absent
 
 
@@ -368,7 +369,7 @@ def values_of(command: str) -> dict[str, Any]:
 
 
 def merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """Return *values* with *others*, as `--reuse-values` does."""
+    """Return *values* with *others*, as Helm merges them."""
     result = {**values}
     for name, other in others.items():
         is_part = isinstance(other, dict)
@@ -388,6 +389,39 @@ def test_the_chart_accepts_the_values_of_every_command_on_a_page() -> None:
     reports, rendered = run_helm(given)
     assert [report["errors"] for report in reports] == [[]] * len(given)
     assert len(rendered) == len(given) >= 5
+
+
+OF_RELEASES = {
+    path.name.removesuffix(".values.yaml"): yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in (ROOT / "tests" / "formats").glob("*.values.yaml")
+}
+
+
+def test_a_release_of_the_last_two_versions_is_upgraded_with_its_values() -> None:
+    """Also with a copy of all its values, and with its chart's defaults, which `--reuse-values` keeps."""
+    archives = (ROOT / "tests" / "formats").glob("*.tar.xz")
+    assert OF_RELEASES.keys() == {path.name.removesuffix(".tar.xz") for path in archives}
+    assert {"0.3.0", "0.4.0"} <= OF_RELEASES.keys()
+    given = [
+        merged(values, more) for values in OF_RELEASES.values() for more in VALUES.values()
+    ]
+
+    reports, rendered = run_helm(given)
+    assert [report["errors"] for report in reports] == [[]] * len(given)
+    assert len(rendered) == len(given)
+    for command in re.findall(r"helm upgrade.*", text_of("docs/deploy.md")):
+        assert "--reset-then-reuse-values" in command
+
+
+def test_a_value_that_has_left_is_refused_if_it_is_set() -> None:
+    left = [
+        {"models": {"pull": {"source": "s3://models/flowers.tar"}}},
+        {"autoscaling": {"queueDepth": "8"}},
+    ]
+    for values, name in zip(left, ("models.pull", "queueDepth"), strict=True):
+        ((report,), rendered) = run_helm([values])
+        assert rendered == []
+        assert name in "".join(report["errors"])
 
 
 @pytest.mark.parametrize("share", [0.4, "0.4", ".4"])

@@ -2,7 +2,8 @@
 
     python tests/formats/write.py VENV/bin/sopdeploy
 
-The archive of a released version never changes. `tests/sopdeploy/test_formats.py` reads each.
+The archive of a released version never changes. `tests/sopdeploy/test_formats.py` reads each. The
+values of its chart are beside it, for `tests/deploy/test_deploy.py`.
 """
 
 import os
@@ -97,3 +98,5 @@ if __name__ == "__main__":
     program = Path(sys.argv[1]).absolute()
     _, version = subprocess.check_output([program, "--version"], text=True).split()
     write(program, Path(__file__).with_name(f"{version}.tar.xz"))
+    values = Path(__file__).parents[2] / "deploy" / "helm" / "sopdeploy" / "values.yaml"
+    shutil.copy(values, Path(__file__).with_name(f"{version}.values.yaml"))
