@@ -64,7 +64,7 @@ class Metrics:
 
         self._stage_seconds = seconds_of(
             "stage_duration_seconds",
-            "Seconds in a stage: load (wait for the model), receive, decode_queue (wait for a decoder), decode, "
+            "Seconds in a stage: receive, decode_queue (wait for a decoder), decode, "
             "queue (wait for the runtime), infer",
             ("stage",),
         )

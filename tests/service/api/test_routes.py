@@ -190,6 +190,11 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
     ):
         assert line in text, line
 
+    # The description of the metric names the stages that are observed.
+    (described,) = re.findall(r"^# HELP sopdeploy_stage_duration_seconds .*?: (.*)", text, re.M)
+    observed = re.findall(r'^sopdeploy_stage_duration_seconds_count\{stage="(\w+)"', text, re.M)
+    assert {*re.sub(r" \(.*?\)", "", described).split(", ")} == {*observed} == {*stages}
+
     assert "_created" not in text
     # Unknown paths share a label: clients cannot grow the metrics
     assert "/nothing" not in text
