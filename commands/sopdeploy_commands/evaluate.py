@@ -90,9 +90,12 @@ def _show(evaluation: Evaluation) -> None:
     """Print the metrics, and the first rows of the tables that a terminal has room for."""
     for note in evaluation.notes:
         err.print(plain_text(f"warning: {note}"))
+
+    # A link such as `latest` does not tell which bundle is meant: where one is live, that one.
+    evaluated = f"{evaluation.kind} {evaluation.facts.get('bundle', evaluation.source)}"
     mirrored = " with their mirror images" if evaluation.mirror else ""
     section = describe_predictions(
-        evaluation.metrics, f"{evaluation.metrics.count} images{mirrored}"
+        evaluation.metrics, f"{evaluated}: {evaluation.metrics.count} images{mirrored}"
     )
 
     say(*section.text)

@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import follow_link, open_bundle, read_files
 from sopdeploy.bundle.listing import list_bundles
 from sopdeploy.bundle.live import LOG
 from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy_commands.app import app
 from sopdeploy_commands.predict import predict
 from sopdeploy_commands.runs_page import RunRow, list_runs, write_runs_page
 from sopdeploy_commands.verify import verify
@@ -18,6 +20,7 @@ from sopdeploy_service.inference.bundle_store import find_bundles, links_among
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model_registry import ModelRegistry
 from sopdeploy_service.settings import Settings
+from tests.sopdeploy.data.folders.test_folder import make
 from tests.support.service import write_bundle
 
 DAYS = [f"2026-11-2{day}T10:00:00.000000Z" for day in range(4)]
@@ -83,6 +86,23 @@ def test_the_live_bundle_is_served_whatever_was_exported_or_refused_later(
     (folder / "live").unlink()
     (folder / "live").symlink_to(middle.name)  # by hand
     assert served(folder) == [middle.name]
+
+
+def test_eval_names_the_bundle_that_it_measured(folder: Path, versions: list[Path]) -> None:
+    make(folder.parent / "photos", ant=1, bee=1)
+    oldest, middle, newest = versions
+
+    def measured(source: str) -> list[str]:
+        words = ["eval", source, "--data", "photos"]
+        printed = CliRunner().invoke(app, words).stdout.splitlines()[0]
+        found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["bundle"]
+        return [path.name for path in versions if path.name in printed and path.name == found]
+
+    assert measured("bundles/latest") == [newest.name]
+    record(folder, middle)
+    assert measured("bundles/latest") == [middle.name]
+    assert measured("bundles/live") == [middle.name]
+    assert measured(f"bundles/{oldest.name}") == [oldest.name]
 
 
 def test_of_two_links_the_last_promoted_bundle_is_served(
