@@ -71,6 +71,52 @@ def test_no_file_contains_a_path_of_one_machine() -> None:
     assert found == []
 
 
+BY_NAME = re.compile(
+    r"""\b(?:pip3?|pipx|uvx?)\b.*[\s"'`=]sopdeploy(?:-papers)?(?:[\[=<>~\s"'`]|$)|\bsopdeploy\["""
+)
+# What an image or a checkout has already installed when pip reads this.
+INSTALLED_BEFORE = re.compile(
+    r"REQUIREMENTS=\"sopdeploy\[|^[\w-]+ = \[.*\"sopdeploy\[|^ +\".*\"sopdeploy\["
+)
+
+
+def installs_by_name(line: str) -> bool:
+    return bool(BY_NAME.search(line)) and not INSTALLED_BEFORE.search(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('pip install "sopdeploy[cpu]"', True),
+        ("pip install sopdeploy", True),
+        ("run: pip install sopdeploy-papers", True),
+        ("uv pip install 'sopdeploy==0.4.0'", True),
+        ('pip install --find-links wheels "sopdeploy[gpu,tensorrt]"', True),
+        ("uvx sopdeploy demo", True),
+        ("install sopdeploy[gpu]", True),
+        ('pip install ".[cpu]"', False),
+        ('pip install ".[train]" ./plugins/papers', False),
+        ('pip install "$(ls dist/sopdeploy-*.whl)[cpu]"', False),
+        ('docker build --build-arg REQUIREMENTS="sopdeploy[openvino]" .', False),
+    ],
+)
+def test_an_installation_by_name_is_recognised(line: str, expected: bool) -> None:
+    assert installs_by_name(line) == expected
+
+
+def test_no_line_installs_this_project_by_its_name() -> None:
+    """The name is free on the package index: it would install whatever a stranger puts there."""
+    found = [
+        f"{name(path)}:{number}: {line}"
+        for path in TEXT_FILES
+        if "tests" not in path.relative_to(ROOT).parts
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if installs_by_name(line)
+    ]
+
+    assert found == []
+
+
 def test_a_release_raises_the_version_in_each_file_that_states_it() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     raised = {file["filename"] for file in settings["tool"]["bumpversion"]["files"]}

@@ -167,7 +167,6 @@ OTHERWISE_NAMED = {
     "conv3x3.in_channels = out_channels",
     "count_bundle.runtime = name",
     "describe_difference.expected = root",
-    "describe_failed_import.source = package",
     "describe_options.given = config",
     "dimension_reduction.width = channels",
     "open_division.source = last",

@@ -57,7 +57,7 @@ def engine(
     Args:
         bundle: A bundle written by `sopdeploy export`.
     """
-    import_optional("onnx", "onnx", "sopdeploy[tensorrt]", RuntimeUnavailableError)
+    import_optional("onnx", "onnx", ".[tensorrt]", RuntimeUnavailableError)
     from sopdeploy.bundle.folder import open_bundle
     from sopdeploy_commands.engine_builder.engine import get_engine
 

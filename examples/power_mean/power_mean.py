@@ -2,7 +2,7 @@
 
 Radenovic et al., "Fine-tuning CNN Image Retrieval with No Human Annotation" (TPAMI 2018).
 
-pip install ./examples/power_mean
+pip install ".[train,cpu]" ./examples/power_mean
 sopdeploy train --recipe digits-plain --set model.name=resnet8 --set model.config.pooling=power-mean
 """
 

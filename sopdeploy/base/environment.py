@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 from sopdeploy.errors import ConfigError, MissingPackageError, SopdeployError, first_line
 
+# What `pip install` takes for the papers' tables: both wheels, because the second one needs the first
+PAPERS: tuple[str, ...] = (".[train]", "./plugins/papers")
 CPUINFO = Path("/proc/cpuinfo")  # Linux only
 # Linux only
 CGROUP = Path("/sys/fs/cgroup")
@@ -147,13 +149,17 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-def install_hint(package: str, source: str) -> str:
-    """Explain how to install *package*; *source* is the `pip install` argument, such as `sopdeploy[s3]`."""
-    return f'{package} is not installed; run: pip install "{source}"'
+def install_command(*sources: str) -> str:
+    """Say how to install *sources*, arguments of `pip install`; `.[s3]` is the extra s3 of a checkout.
+
+    No package index has sopdeploy, so its name would install what a stranger has put there.
+    """
+    place = "in the checkout of sopdeploy, " if sources[0].startswith(".") else ""
+    return " ".join([f"{place}run: pip install", *(f'"{source}"' for source in sources)])
 
 
-def describe_failed_import(error: ImportError, package: str, source: str) -> str:
-    """Say why *package* raised *error* and what to do; *source* is that of `install_hint`.
+def describe_failed_import(error: ImportError, package: str, *sources: str) -> str:
+    """Say why *package* raised *error* and what to do; *sources* are those of `install_command`.
 
     A package that is there may fail, too: its libraries do not fit into the memory, or into the system.
     """
@@ -164,7 +170,7 @@ def describe_failed_import(error: ImportError, package: str, source: str) -> str
             break
         cause = cause.__cause__
     else:
-        return install_hint(package, source)
+        return f"{package} is not installed; {install_command(*sources)}"
 
     reason = f"{package} is installed, but cannot be loaded ({first_line(cause)})"
     return f"{reason}; allow more memory, or install it again"
@@ -186,7 +192,7 @@ def missing_store_error(address: str, error: ImportError) -> MissingPackageError
     scheme = address.partition("://")[0].split("::")[-1]
     client = {"s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}.get(scheme)
     if client is not None:  # s3fs requires aiohttp, too
-        problem = describe_failed_import(error, client, "sopdeploy[s3]")
+        problem = describe_failed_import(error, client, ".[s3]")
         return MissingPackageError(f"{address}: {problem}")
 
     known = importlib.import_module("fsspec.registry").known_implementations
@@ -196,7 +202,7 @@ def missing_store_error(address: str, error: ImportError) -> MissingPackageError
 
 @contextmanager
 def missing_extras() -> Iterator[None]:
-    """Turn the failed import of a package that an extra of sopdeploy installs into `MissingPackageError`.
+    """Turn the failed import of a package that a checkout of sopdeploy installs into `MissingPackageError`.
 
     Another `ImportError` than a missing module or a library that cannot be loaded stays as it is.
     """
@@ -210,10 +216,16 @@ def missing_extras() -> Iterator[None]:
         pairs = re.findall(r"^([\w.-]+).*\bextra == ['\"]([\w-]+)", requirements, re.MULTILINE)
         extras = [extra for required, extra in pairs if required == package]
 
-        if not extras:  # no extra installs it
+        if package == "sopdeploy-papers":
+            sources = PAPERS
+        elif extras:
+            advised = (
+                "train" if "train" in extras else extras[0]
+            )  # "train" has the most packages
+            sources = (f".[{advised}]",)
+        else:  # no extra installs it
             raise
-        advised = "train" if "train" in extras else extras[0]  # "train" has the most packages
-        message = describe_failed_import(error, package, f"sopdeploy[{advised}]")
+        message = describe_failed_import(error, package, *sources)
         raise MissingPackageError(message) from error
 
 

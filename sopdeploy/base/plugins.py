@@ -25,6 +25,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
+from sopdeploy.base.environment import PAPERS, install_command
 from sopdeploy.base.nearest import did_you_mean
 from sopdeploy.errors import ConfigError, first_line
 
@@ -140,7 +141,9 @@ class PluginRegistry(Generic[_Item]):
     def suggest(self, name: str, otherwise: str = "") -> str:
         """Ask "did you mean NAMES?" with the known names nearest to *name*; *otherwise* if none is near."""
         if name in OF_PAPERS:
-            return f"the {self.kind} {name} is in a package of its own; run: pip install sopdeploy-papers"
+            return (
+                f"the {self.kind} {name} is in a package of its own; {install_command(*PAPERS)}"
+            )
         return did_you_mean(name, [*self.own(), *self.registered], otherwise)
 
 

@@ -281,7 +281,7 @@ def check_graph_and_certificate(bundle: Bundle) -> str | None:
 
 def _check_graph(bundle: Bundle) -> str:
     """Return the root of the graph of *bundle*; raise `BundleError` unless the manifest names it."""
-    import_optional("onnx", "onnx", "sopdeploy[train]", MissingPackageError)
+    import_optional("onnx", "onnx", ".[train]", MissingPackageError)
     expected_root = bundle.manifest.lineage.onnx_root
     try:
         weights = NO_WEIGHTS if bundle.weights is None else bundle.weights.view()

@@ -105,7 +105,7 @@ def _import(module: str) -> Any:
     return import_optional(
         f"model_signing.{module}",
         "model-signing",
-        "sopdeploy[sign]",
+        ".[sign]",
         MissingPackageError,
         "signatures",
     )

@@ -129,7 +129,7 @@ class Mixing(StrictModel):
 
 def _import(module: str) -> Any:
     """Import *module* of timm."""
-    return import_optional(module, "timm", "sopdeploy[train]", MissingPackageError)
+    return import_optional(module, "timm", ".[train]", MissingPackageError)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from PIL import AvifImagePlugin, Image, PngImagePlugin
 
+from sopdeploy.base.environment import install_command
 from sopdeploy.base.files import POINTER, POINTER_ADVICE
 from sopdeploy.errors import ImageError, first_line
 from sopdeploy.images.limits import (
@@ -174,7 +175,7 @@ def _register_heif() -> None:
         pillow_heif = importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise _unsupported_error(
-            f'HEIC needs pillow-heif, which is not installed; run: pip install "sopdeploy[{extra}]" ({CAMERA})'
+            f"HEIC needs pillow-heif, which is not installed; {install_command(f'.[{extra}]')} ({CAMERA})"
         ) from error
     except ImportError as error:  # it is there
         reason = f"HEIC needs pillow-heif, which cannot be loaded ({first_line(error)})"

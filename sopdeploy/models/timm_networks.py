@@ -81,9 +81,7 @@ class TimmConfig(StrictModel):
 
 def import_timm(name: str) -> Any:
     """Import `timm`; raises `MissingPackageError`, or `ConfigError` if it has no network *name*."""
-    timm = import_optional(
-        "timm", "timm", "sopdeploy[train]", MissingPackageError, f"timm:{name}"
-    )
+    timm = import_optional("timm", "timm", ".[train]", MissingPackageError, f"timm:{name}")
 
     names = [*timm.list_models(), *timm.list_pretrained()]
     if name not in names:
@@ -184,9 +182,7 @@ class TimmBackbone(Backbone):
         if math.isqrt(stored.shape[1] - prefix) ** 2 != stored.shape[1] - prefix:
             return tensors  # of no square image; the shapes will be compared
 
-        resample = import_optional(
-            "timm.layers", "timm", "sopdeploy[train]", MissingPackageError
-        )
+        resample = import_optional("timm.layers", "timm", ".[train]", MissingPackageError)
         grid = list(self.timm_network.patch_embed.grid_size)
         fitted = resample.resample_abs_pos_embed(
             stored, new_size=grid, num_prefix_tokens=prefix

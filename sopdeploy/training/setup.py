@@ -207,7 +207,7 @@ def _find_formats(data: Split, callback: Callback) -> list[str]:
         extra, _ = EXTRAS[name]
         callback.on_warning(
             f"{amount(formats[name], 'image')} in {name.upper()}: install "
-            f"sopdeploy[{extra}] also where the network is served"
+            f"the extra {extra} also where the network is served"
         )
     return sorted(formats)
 

@@ -21,9 +21,7 @@ class TensorBoard(ForwardingCallback):
     def __init__(self, callback: Callback, folder: Path) -> None:
         super().__init__(callback)
         self.folder = folder
-        import_optional(
-            "tensorboard", "tensorboard", "sopdeploy[tensorboard]", MissingPackageError
-        )
+        import_optional("tensorboard", "tensorboard", ".[tensorboard]", MissingPackageError)
         self._writer: Any = None
 
     def on_epoch_end(self, row: EpochRow) -> None:

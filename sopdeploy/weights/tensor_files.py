@@ -127,7 +127,7 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
     file_format = weight_format(raw[:16])
     if file_format == "safetensors":
         safetensors = import_optional(
-            "safetensors.torch", "safetensors", "sopdeploy[train]", WeightsError, str(path)
+            "safetensors.torch", "safetensors", ".[train]", WeightsError, str(path)
         )
         try:
             return safetensors.load(raw), digest

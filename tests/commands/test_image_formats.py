@@ -33,7 +33,7 @@ def test_the_formats_of_photographs_are_those_of_their_bytes(tmp_path: Path) -> 
     assert count_formats(open_folder(tmp_path).train) == {"heic": 2, "jpeg": 2, "png": 4}
 
 
-@pytest.mark.parametrize(("is_installed", "extras"), [(True, []), (False, ["sopdeploy[heif]"])])
+@pytest.mark.parametrize(("is_installed", "extras"), [(True, []), (False, [".[heif]"])])
 def test_a_server_says_which_photographs_of_a_bundle_it_refuses(
     is_installed, extras, bundle, monkeypatch, caplog, request
 ):

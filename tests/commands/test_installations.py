@@ -35,7 +35,7 @@ sys.meta_path[:] = [Installed if finder is PathFinder else finder for finder in 
 
 
 def installation(*extras: str) -> set[str]:
-    """Names of the distributions of `pip install sopdeploy[EXTRAS]`, as far as they are installed."""
+    """Names of the distributions of `pip install ".[EXTRAS]"`, as far as they are installed."""
     found = set()
     waiting = [("sopdeploy", extra) for extra in ("", *extras)]
     while waiting:
@@ -83,9 +83,7 @@ def test_every_command_runs_or_names_the_extra_that_it_needs(
     )
 
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    missing = re.findall(
-        r'^(\S+): 2 .*pip install "sopdeploy\[train\]"', done.stdout, re.MULTILINE
-    )
+    missing = re.findall(r'^(\S+): 2 .*pip install "\.\[train\]"', done.stdout, re.MULTILINE)
 
     assert set(missing) == (set() if extra == "train" else COMMANDS | FUNCTIONS)
 

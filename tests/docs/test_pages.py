@@ -206,7 +206,7 @@ WANTED = {
     "train on one folder per class": ("README.md", "sopdeploy train --data photos"),
     "label photographs": ("docs/keep.md", "sopdeploy label project-1.csv"),
     "know how good it is": ("docs/evaluate.md", "95 % interval"),
-    "use photographs of a phone": ("docs/photos.md", "sopdeploy[train,cpu,heif]"),
+    "use photographs of a phone": ("docs/photos.md", ".[train,cpu,heif]"),
     "open the page on another machine": ("docs/operations.md", "--host 0.0.0.0"),
     # A PyTorch network with two auxiliary heads.
     "export without the heads": ("docs/own-network.md", "--training-only 'aux*'"),

@@ -64,7 +64,7 @@ def test_the_missing_library_is_named(
 
     with pytest.raises(RuntimeUnavailableError, match=message) as caught:
         load_cuda_libraries(module)
-    assert ("sopdeploy[gpu]" in str(caught.value)) is (opened != DRIVER)
+    assert (".[gpu]" in str(caught.value)) is (opened != DRIVER)
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
     order = [DRIVER, SHARED, CUDA_PROVIDER, CUDNN]

@@ -253,8 +253,6 @@ def _open_classifier(
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
     module = "sopdeploy_commands.classify.on_ray"
-    on_ray = import_optional(
-        module, "Ray Data", "sopdeploy[batch,ray]", MissingPackageError, "--ray"
-    )
+    on_ray = import_optional(module, "Ray Data", ".[batch,ray]", MissingPackageError, "--ray")
     classifier: RayClassifier = on_ray.RayClassifier(bundle, settings, options)
     return classifier

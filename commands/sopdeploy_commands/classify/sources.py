@@ -281,7 +281,7 @@ def _open_for_reading(location: str) -> Any:
 
 def _open_store(address: str) -> tuple[Any, str]:
     """Return the fsspec file system of *address* and the path in it."""
-    fsspec = import_optional("fsspec", "fsspec", "sopdeploy[batch]", MissingPackageError)
+    fsspec = import_optional("fsspec", "fsspec", ".[batch]", MissingPackageError)
     scheme = address.partition("://")[0].rpartition("::")[2]
     if scheme not in fsspec.available_protocols():
         raise ValueError(f"{scheme}:// is not a kind of address that fsspec opens")

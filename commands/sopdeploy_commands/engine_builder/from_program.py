@@ -41,7 +41,7 @@ def build_from_program(
         torch_tensorrt = import_optional(
             "torch_tensorrt",
             "torch-tensorrt",
-            "sopdeploy[torch-tensorrt]",
+            ".[torch-tensorrt]",
             RuntimeUnavailableError,
         )
     except RuntimeError as error:  # it asks for the GPU when it is imported

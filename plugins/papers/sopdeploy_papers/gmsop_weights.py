@@ -338,7 +338,7 @@ def read_dagnn(path: Path, digest: str) -> DagNN:
             )
 
     # Scipy reads the file after its size was checked.
-    scipy_io = import_optional("scipy.io", "scipy", "sopdeploy[train]", WeightsError, str(path))
+    scipy_io = import_optional("scipy.io", "scipy", ".[train]", WeightsError, str(path))
     try:
         _check_expansion(path)
         content = scipy_io.loadmat(path, variable_names=VARIABLES, simplify_cells=True)

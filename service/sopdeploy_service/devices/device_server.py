@@ -230,7 +230,7 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
     # A device that is meant to be a GPU must be one.
     runs_on_cpu = any(model.runtime.device == "cpu" for model in registry.models())
     if config.device not in {"cpu", ANY_DEVICE} and runs_on_cpu:
-        reason = "no GPU can be used here; install sopdeploy[gpu], or serve with --devices cpu"
+        reason = "no GPU can be used here; install the extra gpu, or serve with --devices cpu"
         raise ConfigError(f"devices: {config.device}: {reason}")
 
     # Serve HTTP, or the front ends of a device process.

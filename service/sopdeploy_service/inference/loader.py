@@ -20,6 +20,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.base.environment import install_command
 from sopdeploy.base.plugins import RUNTIMES
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.probes import (
@@ -160,7 +161,7 @@ def describe_refusals(bundle: Bundle) -> Iterator[str]:
     for name in origin.formats:
         extra = missing_extra(name)
         if extra:
-            remedy = f'run: pip install "sopdeploy[{extra}]"'
+            remedy = install_command(f".[{extra}]")
             yield f"photos in {describe_formats([name])}, as it learned from, are refused; {remedy}"
 
 

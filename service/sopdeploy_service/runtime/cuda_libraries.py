@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sopdeploy.base.environment import install_command
 from sopdeploy.errors import RuntimeUnavailableError
 
 DRIVER = "libcuda.so.1"
@@ -75,5 +76,5 @@ def load_cuda_libraries(onnxruntime: Any) -> None:
         name, _, reason = str(error).partition(": ")
         raise RuntimeUnavailableError(
             f"onnxruntime {onnxruntime.__version__} needs {Path(name).name} for CUDA ({reason}); "
-            'run: pip install "sopdeploy[gpu]"'
+            f"{install_command('.[gpu]')}"
         ) from error

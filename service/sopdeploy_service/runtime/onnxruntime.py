@@ -18,6 +18,7 @@ from sopdeploy.base.environment import (
     EXACT_INT8,
     SLOW_INT8,
     import_optional,
+    install_command,
     lacks_vnni,
     usable_cores,
 )
@@ -270,9 +271,7 @@ def _run_jobs(jobs: "SimpleQueue[_Job | None]") -> None:
 
 def import_onnxruntime() -> Any:
     """Import onnxruntime; raise `RuntimeUnavailableError` if it is not installed."""
-    return import_optional(
-        "onnxruntime", "onnxruntime", "sopdeploy[cpu]", RuntimeUnavailableError
-    )
+    return import_optional("onnxruntime", "onnxruntime", ".[cpu]", RuntimeUnavailableError)
 
 
 def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
@@ -359,7 +358,7 @@ def _open_session(
     if provider not in onnxruntime.get_available_providers():
         raise RuntimeUnavailableError(
             f"onnxruntime {version} has no {provider} here; "
-            'run: pip install "sopdeploy[gpu]" in an environment without [cpu]'
+            f"{install_command('.[gpu]')} in an environment without the extra cpu"
         )
 
     # Open the graph.

@@ -37,7 +37,7 @@ def openvino_core() -> Any:
 
     try:
         openvino = import_optional(
-            "openvino", "openvino", "sopdeploy[openvino]", RuntimeUnavailableError
+            "openvino", "openvino", ".[openvino]", RuntimeUnavailableError
         )
     finally:
         if hides_telemetry:

@@ -29,9 +29,7 @@ BUFFERS = 2  # batches in flight
 
 def import_tensorrt() -> Any:
     """Import tensorrt; raise `RuntimeUnavailableError` if it is missing or too old."""
-    trt = import_optional(
-        "tensorrt", "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError
-    )
+    trt = import_optional("tensorrt", "TensorRT", ".[tensorrt]", RuntimeUnavailableError)
 
     if int(trt.__version__.split(".")[0]) < OLDEST:
         raise RuntimeUnavailableError(
@@ -216,7 +214,7 @@ class CudaResources:
 def open_cuda() -> Cuda:
     """Open CUDA; raise `RuntimeUnavailableError` if cuda-python, the driver or a GPU is missing."""
     runtime = import_optional(
-        "cuda.bindings.runtime", "cuda-python", "sopdeploy[tensorrt]", RuntimeUnavailableError
+        "cuda.bindings.runtime", "cuda-python", ".[tensorrt]", RuntimeUnavailableError
     )
     cuda = Cuda(runtime)
 

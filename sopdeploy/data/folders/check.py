@@ -23,7 +23,7 @@ from sopdeploy.images.decode import JPEG
 MAX_FEATURES = 10_000
 NOT_COMPARED = (
     "near-duplicates were not searched; up to "
-    f"{MAX_FEATURES:,} images are compared by a network if sopdeploy[train] is "
+    f"{MAX_FEATURES:,} images are compared by a network if the extra train is "
     "installed and a `train` has downloaded its weights"
 )
 

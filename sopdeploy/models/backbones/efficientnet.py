@@ -33,7 +33,7 @@ def mbconv(in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3
     adds a shortcut if it keeps the shape.
     """
     module = "timm.models._efficientnet_blocks"
-    blocks = import_optional(module, "timm", "sopdeploy[train]", MissingPackageError)
+    blocks = import_optional(module, "timm", ".[train]", MissingPackageError)
 
     excitation = partial(blocks.SqueezeExcite, rd_channels=max(1, in_channels // SQUEEZE))
     return blocks.InvertedResidual(
@@ -96,7 +96,7 @@ class EfficientNet(Backbone):
 
     def __init__(self, config: EfficientNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        timm = import_optional("timm", "timm", "sopdeploy[train]", MissingPackageError)
+        timm = import_optional("timm", "timm", ".[train]", MissingPackageError)
         network = timm.create_model("efficientnet_b0", drop_path_rate=config.stochastic_depth)
 
         # timm's layers under timm's names, so that its weight files fit.

@@ -20,7 +20,7 @@ class ExponentialMovingAverage:
     """
 
     def __init__(self, decay: float, model: Classifier) -> None:
-        utils = import_optional("timm.utils", "timm", "sopdeploy[train]", MissingPackageError)
+        utils = import_optional("timm.utils", "timm", ".[train]", MissingPackageError)
         self.count = 0
 
         # In update n, the decay is at most (1 + n) / (10 + n): timm's 1 - 1 / (1 + step / gamma),

@@ -58,9 +58,7 @@ def create_optimizer(config: OptimizerSettings, parameters: Parameters) -> Optim
     chosen = optimizers[config.kind]
 
     if isinstance(config, RMSProp) and config.tensorflow:
-        timm_optim = import_optional(
-            "timm.optim", "timm", "sopdeploy[train]", MissingPackageError
-        )
+        timm_optim = import_optional("timm.optim", "timm", ".[train]", MissingPackageError)
         chosen = timm_optim.RMSpropTF
 
     created: Optimizer = chosen(parameters, foreach=True, **options)

@@ -458,7 +458,7 @@ def test_without_the_package_its_command_says_what_to_install(
 
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
-    assert "sopdeploy[papers]" in result.stderr
+    assert "./plugins/papers" in result.stderr
     assert result.stderr.endswith("[not_installed]\n")
 
 

@@ -12,6 +12,7 @@ import pytest
 from sopdeploy.base import environment
 from sopdeploy.base.environment import (
     import_optional,
+    install_command,
     is_distributed,
     is_main_process,
     missing_extras,
@@ -129,7 +130,7 @@ def test_a_package_that_cannot_be_loaded_is_not_called_missing(
     monkeypatch.syspath_prepend(tmp_path)
 
     with pytest.raises(RuntimeUnavailableError, match=said) as caught:
-        import_optional("failing_runtime", "runtime", "sopdeploy[cpu]", RuntimeUnavailableError)
+        import_optional("failing_runtime", "runtime", ".[cpu]", RuntimeUnavailableError)
     assert ("pip install" in str(caught.value)) is (said == "pip install")
     assert "\n" not in str(caught.value)
 
@@ -158,7 +159,7 @@ def test_a_failed_import_that_no_extra_mends_stays_as_it_is(error: ImportError) 
 def test_a_client_of_a_store_that_is_missing_is_named() -> None:
     error = ImportError("Install s3fs to access S3")  # as fsspec raises it
     error.__cause__ = ModuleNotFoundError(name="s3fs")
-    expected = 's3://x: s3fs is not installed; run: pip install "sopdeploy[s3]"'
+    expected = f"s3://x: s3fs is not installed; {install_command('.[s3]')}"
     assert str(missing_store_error("s3://x", error)) == expected
 
     error = ImportError("adlfs.so: file too short")
