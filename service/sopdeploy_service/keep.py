@@ -26,12 +26,11 @@ from sopdeploy.errors import ImageError
 from sopdeploy.version import __version__
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction, RejectedError
-from sopdeploy_service.kept_folder import KeptFolder
+from sopdeploy_service.kept_folder import KeptFolder, KeptResult
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
 Reason = Literal["sample", "unknown", "low margin", "reported"]
-KeptResult = Literal["kept", "dropped", "failed"]
 CopyImage: TypeAlias = Callable[[bytes], tuple[bytes, str]]  # `Decoders.copy`
 
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes

@@ -19,6 +19,7 @@ LABEL_CONFIG = "label-config.xml"  # in the folder of a server: the classes, for
 NOT_OURS = "not one of ours"  # the label of a photo that shows none of the classes
 SAMPLE_FOLDER = "sample"  # of 0.3.0: photos of the sample that show none of the classes
 ID_DIGITS = 32  # hexadecimal
+PHOTO_SUFFIXES = (".jpg", ".png")
 
 # Also of copies: ID-2, `ID (1)`, `ID copy`
 _KEPT_STEM = re.compile(r"([0-9a-f]{32})(?:[-_ (].*)?")
@@ -38,6 +39,11 @@ def kept_id(name: str) -> str:
     return match[1] if match else ""
 
 
+def kept_names(identity: str, suffix: str) -> tuple[str, str]:
+    """Return the names that a server gives the photo with the ID *identity*, outside of the sample and in it."""
+    return f"{identity}{suffix}", f"{identity}{SAMPLED}{suffix}"
+
+
 def is_record(name: str) -> bool:
     """Tell whether *name* is the name of the record that a server writes beside a photo."""
     return kept_id(name) != "" and PurePath(name).suffix == ".json"
@@ -53,7 +59,7 @@ def is_kept_as_unsure(name: str) -> bool:
 
     Copies are like their originals.
     """
-    is_kept = kept_id(name) != "" and PurePath(name).suffix in {".jpg", ".png"}
+    is_kept = kept_id(name) != "" and PurePath(name).suffix in PHOTO_SUFFIXES
     return is_kept and not is_sampled(name)
 
 
