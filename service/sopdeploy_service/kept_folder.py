@@ -371,7 +371,7 @@ def _read_record(file: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         data = json.loads(read_file(file, MAX_TEXT_BYTES))["data"]
         for name in ("predicted", "reasons"):
-            data[name].encode()  # raises for what is no text, and for half a character
+            data[name].encode()  # raises unless it is text of whole characters
         return dict(data)
     return {}
 

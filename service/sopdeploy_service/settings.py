@@ -227,7 +227,8 @@ class Settings(StrictModel):
         "folder in which uncertain and reported photos are kept for labels; not set: no photos are kept",
     )
     keep_bytes: PositiveBytes = setting(
-        1_000_000_000, "size of the folder `keep`; the oldest photos are deleted"
+        1_000_000_000,
+        "size of the folder `keep`; the oldest photos that nobody has moved are deleted",
     )
     keep_days: Annotated[float, pydantic.Field(gt=0, le=36_500)] = setting(
         30.0, "days after which kept photos are deleted"

@@ -856,8 +856,11 @@ def test_the_container_test_runs_the_documented_command() -> None:
     assert json.loads(health) == container_test.HEALTH[1:]
 
     words = container_test.documented_run()
-    of_docker = ("--publish=", "--volume=", "--env=", "--stop-timeout=")
+    of_docker = ("--publish=", "--volume=", "--env=", "--stop-timeout=", "--user=")
     assert [word for word in words if not word.startswith(of_docker)] == HARDENING
+
+    # The folder of kept photos belongs to the owner, who looks through it.
+    assert container_test.values(words, "user") == ["$(id -u):$(id -g)"]
 
     (seconds,) = container_test.values(words, "stop-timeout")
     assert int(seconds) > Settings().drain_seconds

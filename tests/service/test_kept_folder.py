@@ -107,7 +107,7 @@ WHOSE = {
         lambda root: (root / "cat" / f"._{NAME}").write_bytes(b"1"),
         {*NEW, f"cat/._{NAME}"},
     ),
-    "a record that is no JSON": (write_record("{"), AS_IT_WAS),
+    "a record that ends early": (write_record("{"), AS_IT_WAS),
     "a record that is another thing": (write_record("[]"), AS_IT_WAS),
     "a deep record": (write_record("[" * 100_000), AS_IT_WAS),
     "a record of another class": (write_record(record_of("eel")), AS_IT_WAS),
