@@ -342,11 +342,15 @@ def softmax_of_largest(logits_BN: Tensor, chosen: int) -> Tensor:
     return logits_BN.masked_fill(rank(logits_BN) >= chosen, float("-inf")).softmax(dim=1)
 
 
-def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
-    """Compute alpha / S (std / mean)^2 of the load (N,), the sum of *weights_BN* over the S images.
+def balance_loss(weights_BN: Tensor, alpha: float, batches_per_step: int = 1) -> Tensor:
+    """Compute alpha / S (std / mean)^2 of the load (N,), the sum of *weights_BN* over the images.
+
+    S is the number of images of a step, which has *batches_per_step* batches like this one.
 
     Eq. (4) has no S, because the paper sums the cross entropy over the images of a step, as in
     the released trainer; here it is their mean. In the paper, alpha / S is 100 / 256 = 0.39.
+    The step's loss is the mean of its batches, each weighted by its fraction of the images.
+
     Where `torch.distributed` is initialized, load and S are sums over all ranks. The gradient
     is then the gradient of the whole batch if the trainer averages the gradients of the ranks, each
     weighted by its fraction of the images.
@@ -354,6 +358,7 @@ def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
     Args:
         weights_BN: The weights that `SparseGate` computes.
         alpha: The weight of the loss.
+        batches_per_step: Number of batches whose gradients make one update.
 
     Returns:
         A scalar, 0 if all components have the same load.
@@ -371,5 +376,5 @@ def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
 
     # The sums; `images` is S.
     load_N = summed[:-1]
-    images = summed[-1].detach()
+    images = summed[-1].detach() * batches_per_step
     return alpha / images * (load_N.var(correction=1) / load_N.mean().square())

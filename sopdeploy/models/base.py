@@ -60,11 +60,14 @@ class Classifier(Backbone):
         inference_class: Class of the inference model; `None` is this class, for networks that are exported
             with all parts.
         preprocess: The rules by which the weights that `sopdeploy.create_model` loaded see images.
+        batches_per_step: Number of calls in train mode whose mean losses make one step. The training loop
+            sets it to `grad_accum_steps`, for penalties that the number of images of a step divides.
     """
 
     training_only: ClassVar[tuple[str, ...]] = ()
     inference_class: ClassVar[type[Backbone] | None] = None
     preprocess: Preprocess | None = None
+    batches_per_step: int = 1
 
     def inference_model(self) -> Backbone:
         """Build the network to export from the config, with fresh weights; shares no module with this one."""

@@ -157,6 +157,7 @@ class TrainableGatedHead(GatedHead):
     """Mixin that adds the training-only noise of the gate, and the balance loss."""
 
     training_only = (f"{POOLED_HEAD}.gate.noise",)
+    batches_per_step: int
 
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -177,7 +178,9 @@ class TrainableGatedHead(GatedHead):
         weights_BN = softmax_of_largest(gate.logits(feature_BD) + noise_BN, gate.chosen)
 
         logits_BK: Tensor = self.pooled_head(own_BD, maps, weights_BN)
-        balance = balance_loss(weights_BN, self.pooled_head.config.balance_weight)
+        balance = balance_loss(
+            weights_BN, self.pooled_head.config.balance_weight, self.batches_per_step
+        )
         return TrainingOutput(
             logits_BK,
             branches={},

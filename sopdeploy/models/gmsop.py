@@ -238,7 +238,7 @@ class GMSOP(Classifier, Gated):
         logits: Tensor = self.head(mixed_BD)
 
         # The loss balances the load of the experts.
-        balance = balance_loss(weights_BN, self.config.balance_weight)
+        balance = balance_loss(weights_BN, self.config.balance_weight, self.batches_per_step)
         counts = (weights_BN > 0).sum(dim=0)
         return TrainingOutput(
             logits, branches={}, penalties={"balance": balance}, component_counts=counts

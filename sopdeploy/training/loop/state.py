@@ -325,6 +325,11 @@ class LoopState:
             if self.teacher.learns:
                 self.updates.groups.append({"params": list(self.teacher.model.parameters())})
 
+        # The balance loss divides by the images of a step, and a call sees a part of them.
+        for module in self.trained().modules():
+            if isinstance(module, Classifier):
+                module.batches_per_step = self.steps.grad_accum_steps
+
     def start_epoch(self) -> None:
         """Prepare the model if this epoch trains another one (`model.remove_branches_at`) or more of it."""
         epoch = self.position.epoch

@@ -150,6 +150,47 @@ def test_accumulated_gradients_are_the_gradient_of_the_step() -> None:
         torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-6)
 
 
+SMALL_GATE = "components=4, chosen=2, component_widths=[6], gate_widths=[], balance_weight=100"
+GATED = {
+    "gmsop": [
+        "model.name=gmsop-16-8-resnet18",
+        f"model.config={{{SMALL_GATE}, blocks_per_stage=1, conv5_stride=1, dropout=0}}",
+    ],
+    "gmsop-head": [
+        "model.name=gmsop-head:resnet8",
+        "model.config={head={components=4, chosen=2, balance_weight=100}}",
+        "start.weights=none",
+    ],
+}
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_parts_with_the_same_load_have_the_balance_loss_of_the_step(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All images are the same one, and so are the loads of all parts."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # the noise of the gate
+    losses, gradients = [], []
+    for number in (1, 2, 3, 8):
+        run, (pixels, labels) = one_process_run(
+            short_recipe(*GATED[case], f"grad_accum_steps={number}")
+        )
+        for module in run.model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
+                module.eval()
+        batch = (pixels[:1].expand_as(pixels), labels[:1].expand_as(labels))
+        step = train_step(run, batch, num_samples=len(labels), steps=6)
+
+        losses.append(float(step.loss.parts["balance"]))
+        gradients.append([parameter.grad for parameter in run.parameters])
+
+    assert losses[0] > 0.1
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
+    for accumulated in gradients[1:]:
+        for part, whole in zip(accumulated, gradients[0], strict=True):
+            torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-5)
+
+
 def test_losses_of_parts_add_up_also_if_some_have_other_penalties() -> None:
     one = torch.tensor(1.0)
     total, parts, counts = sum_losses(
