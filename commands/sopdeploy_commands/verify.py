@@ -145,7 +145,7 @@ def verify(
                 decoded.pixels,
                 run,
                 manifest.versions.get("pillow"),
-                manifest.preprocess.decoding,
+                manifest.preprocess,
             )
 
     return Verification(

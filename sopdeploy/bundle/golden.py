@@ -3,7 +3,7 @@
 `golden.json` lists the examples; `golden-0.jpg` is a file as a client sends it, and
 `golden-0.rgb` has its pixels after preprocessing, (crop, crop, 3) uint8 in row-major order. A
 program that decodes and resizes as `Preprocess` does gets these pixels within one gray level
-(`fast_resize.MAX_LEVELS` with the decoding "fast"), and from these pixels the logits within
+(with the decoding "fast" as `fast_resize` says), and from these pixels the logits within
 `tolerance`. `versions.pillow` of the manifest is the version of Pillow that computed the pixels.
 The folder deploy/samples has such programs.
 """
@@ -29,7 +29,7 @@ from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.images import fast_resize
 from sopdeploy.images.decode import decode
 from sopdeploy.images.pixels import ORIENTATION
-from sopdeploy.images.preprocess import Decoding, Preprocess
+from sopdeploy.images.preprocess import Preprocess
 
 GOLDEN = "golden.json"
 MAX_EXAMPLES = 4
@@ -201,14 +201,15 @@ def check_golden(
     pixels: NDArray[np.uint8],
     run: RunOne,
     exporter: str | None,
-    decoding: Decoding = "full",
+    preprocess: Preprocess,
 ) -> None:
     """Compare *pixels* that were decoded here with those of *example*, and its logits with those of *run*.
 
     *run* gets the pixels of the example. *exporter* is the version of Pillow that the export
     used, if it is known. Raises `ParityError` for logits outside of the tolerance, and for pixels that
-    differ by more than `MAX_LEVELS`, as another version may compute them. With the *decoding* "fast",
-    they may differ as Pillow and fast_image_resize do, because one of the two machines may lack the latter.
+    differ by more than `MAX_LEVELS`, as another version may compute them. With the decoding "fast" of
+    *preprocess*, they may differ as Pillow and fast_image_resize do on photos, because one of the two
+    machines may lack the latter.
     """
     deviation = float(np.abs(run(example.pixels) - example.logits).max())
     if not deviation <= example.tolerance:  # larger, or NaN
@@ -218,9 +219,14 @@ def check_golden(
             "network"
         )
 
-    levels = np.abs(pixels.astype(np.int16) - example.pixels).max()
-    limit = fast_resize.MAX_LEVELS if decoding == "fast" else MAX_LEVELS
-    if levels > limit:
+    differences = np.abs(pixels.astype(np.int16) - example.pixels)
+    levels = differences.max()
+    limit: float = MAX_LEVELS
+    mean_limit: float = MAX_LEVELS
+    if preprocess.decoding == "fast":
+        limit = fast_resize.MAX_LEVELS[preprocess.interpolation]
+        mean_limit = fast_resize.MAX_MEAN_LEVELS
+    if levels > limit or differences.mean() > mean_limit:
         raise ParityError(
             f"{example.name}: its pixels differ by {levels} gray levels, because Pillow "
             f"{PIL.__version__} decodes or resizes differently than "

@@ -58,7 +58,7 @@ class Preprocess(StrictModel):
     whole image. "scaled" decodes at a scale of 1/8, 1/4, 1/2 or 1, the smallest at which both
     sides have at least twice the pixels that they are resized to. It resizes only the box that
     the crop keeps. "fast" does the same, but resizes with fast_image_resize in place of Pillow, in
-    an eighth of the time; the pixels of the two differ by at most a few of 255 levels. `decoding` is
+    an eighth of the time, with pixels that differ as `fast_resize.MAX_LEVELS` says. `decoding` is
     left out of what is written if it is "full", as in files of versions that do not know it.
 
     Raises:

@@ -15,8 +15,9 @@ import onnxruntime
 import pytest
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.golden import GOLDEN, check_golden, read_golden
+from sopdeploy.bundle.golden import GOLDEN, Golden, check_golden, draw_jpegs, read_golden
 from sopdeploy.errors import BundleError, ParityError
+from sopdeploy.images.decode import decode
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.verify import verify
 from sopdeploy_service.settings import Settings
@@ -87,7 +88,78 @@ def test_pixels_of_a_decoder_that_differs_fail(tmp_path: Path) -> None:
             if change == 1
             else pytest.raises(ParityError, match=r"2 gray levels.* 12\.3\.0")
         ):
-            check_golden(example, moved.astype(np.uint8), lambda _: example.logits, "12.3.0")
+            check_golden(
+                example,
+                moved.astype(np.uint8),
+                lambda _: example.logits,
+                "12.3.0",
+                Preprocess(),
+            )
+
+
+def single(levels: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Move one value by *levels*."""
+
+    def move(pixels: np.ndarray) -> np.ndarray:
+        moved = pixels.astype(np.int16)
+        first = moved.flat[0]
+        moved.flat[0] = first + levels if first < 128 else first - levels
+        return moved
+
+    return move
+
+
+def all_by_one(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.int16) + np.where(pixels < 128, 1, -1)
+
+
+MOVED = {
+    "at the limit of bilinear": ("fast", "bilinear", single(3), True),
+    "above the limit of bilinear": ("fast", "bilinear", single(4), False),
+    "at the limit of bicubic": ("fast", "bicubic", single(32), True),
+    "above the limit of bicubic": ("fast", "bicubic", single(33), False),
+    "all values by one": ("fast", "bicubic", all_by_one, False),
+    "all values by one, resized by Pillow": ("scaled", "bicubic", all_by_one, True),
+    "one value by two, resized by Pillow": ("scaled", "bicubic", single(2), False),
+}
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_pixels_that_were_resized_fast_may_differ_as_pillows_do(
+    case: str, tmp_path: Path
+) -> None:
+    decoding, interpolation, move, is_accepted = MOVED[case]
+    rules = Preprocess(resize=36, crop=32, interpolation=interpolation, decoding=decoding)
+    example = read_golden(open_bundle(write_bundle(tmp_path, preprocess=rules)))[0]
+    with nullcontext() if is_accepted else pytest.raises(ParityError, match="gray levels"):
+        moved = move(example.pixels).astype(np.uint8)
+        check_golden(example, moved, lambda _: example.logits, None, rules)
+
+
+def fits(jpeg: bytes, fast: Preprocess, decoding: str) -> bool:
+    """Whether the pixels of *jpeg* by another *decoding* pass for those of *fast*."""
+    example = Golden("0", jpeg, decode(jpeg, fast).pixels, np.zeros(2, np.float32), 0.0)
+    pixels = decode(jpeg, fast.model_copy(update={"decoding": decoding})).pixels
+    try:
+        check_golden(example, pixels, lambda _: example.logits, None, fast)
+    except ParityError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_examples_that_were_resized_fast_fit_pillow_but_no_other_scale_of_decoding(
+    interpolation: str, fit: str
+) -> None:
+    for resize, crop in ((256, 224), (64, 64), (36, 32)):
+        rules = Preprocess(
+            resize=resize, crop=crop, interpolation=interpolation, fit=fit, decoding="fast"
+        )
+        jpegs = draw_jpegs(rules)
+        assert [fits(jpeg, rules, "scaled") for jpeg in jpegs] == [True, True, True, True]
+        # Only the last one is large enough to be decoded at a smaller scale.
+        assert [fits(jpeg, rules, "full") for jpeg in jpegs] == [True, True, True, False]
 
 
 def run_sample(command: list[str | Path], bundle: Path, photo: Path) -> None:
