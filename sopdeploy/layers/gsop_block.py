@@ -149,39 +149,39 @@ class ChannelAttention(nn.Module, ExportHints):
         return self.excitation(cov_Bdd)
 
 
-RowBuilder = Callable[[int, int], list[list[float]]]
+RowBuilder = Callable[[int, int, Tensor], Tensor]
 
 
-def averaging_rows(size: int, target: int) -> list[list[float]]:
-    """Build the (target, size) matrix of adaptive average pooling along one side.
+def averaging_rows(size: int, target: int, like: Tensor) -> Tensor:
+    """Build the (target, size) matrix of adaptive average pooling along one side, with the dtype of *like*.
 
     Row i averages from floor(i size / target) up to, not including, ceil((i + 1) size /
     target).
     """
-    rows = []
-    for i in range(target):
-        start = i * size // target
-        stop = math.ceil((i + 1) * size / target)
-        share = 1.0 / (stop - start)
-        rows.append([share if start <= j < stop else 0.0 for j in range(size)])
-    return rows
+    row = torch.arange(target, device=like.device)[:, None]
+    start = row * size // target
+    stop = ((row + 1) * size + target - 1) // target
+
+    column = torch.arange(size, device=like.device)
+    is_averaged = (start <= column) & (column < stop)
+    return is_averaged.to(like.dtype) / (stop - start)
 
 
-def nearest_rows(size: int, target: int) -> list[list[float]]:
+def nearest_rows(size: int, target: int, like: Tensor) -> Tensor:
     """Build the (target, size) matrix of nearest-neighbor sampling: row i reads floor(i size / target)."""
-    return [
-        [1.0 if j == i * size // target else 0.0 for j in range(size)] for i in range(target)
-    ]
+    row = torch.arange(target, device=like.device)[:, None]
+    column = torch.arange(size, device=like.device)
+    return (column == row * size // target).to(like.dtype)
 
 
 def resample(x_BCHW: Tensor, height: int, width: int, build_rows: RowBuilder) -> Tensor:
-    """Resize *x_BCHW* to (B, C, height, width), each side by the matrix that *build_rows* builds."""
-    matrix_hH = torch.tensor(
-        build_rows(x_BCHW.shape[2], height), dtype=x_BCHW.dtype, device=x_BCHW.device
-    )
-    matrix_wW = torch.tensor(
-        build_rows(x_BCHW.shape[3], width), dtype=x_BCHW.dtype, device=x_BCHW.device
-    )
+    """Resize *x_BCHW* to (B, C, height, width), each side by the matrix that *build_rows* builds.
+
+    Operators compute the matrices from the sizes: a tensor made of Python numbers would be a constant
+    that no weight file has, which the export refuses.
+    """
+    matrix_hH = build_rows(x_BCHW.shape[2], height, x_BCHW)
+    matrix_wW = build_rows(x_BCHW.shape[3], width, x_BCHW)
     return matrix_hH @ x_BCHW @ matrix_wW.T
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
+from sopdeploy.layers.gsop_block import GSoPBlock, GSoPBlockConfig
 from tests.export.user_network.networks import CLASSES, Small, variant
 
 ONLY, PLAIN, DETACHED = "trained-only", "trained-plain", "trained-detached"
@@ -364,6 +365,19 @@ class Hooked(Small):
         return self.fc(self.kept.mean((2, 3)))
 
 
+def gsop_block(attention: str, upsampling: str) -> Callable[[], nn.Module]:
+    """Return a builder of a network in which a GSoP block scales a map of 4 x 4 positions, as a user writes it."""
+    config = GSoPBlockConfig(
+        attention=attention, cov_width=32, position_side=3, position_upsampling=upsampling
+    )
+    return with_parts(
+        lambda net, x: net.fc(net.narrow(net.block(net.widen(net.stem(x)))).mean((2, 3))),
+        widen=lambda: nn.Conv2d(8, 64, 3, stride=3),
+        block=lambda: GSoPBlock(config, 64),
+        narrow=lambda: nn.Conv2d(64, 8, 1),
+    )
+
+
 class StaysInTrainMode(nn.ReLU):
     def train(self, mode: bool = True) -> "StaysInTrainMode":
         return super().train(True)
@@ -559,6 +573,14 @@ EXPORTED: dict[str, Case] = {
         ONLY,
     ),
     "no gradient": (forward(torch.no_grad()(logits)), {}, ONLY),
+    "a GSoP block of channels": (gsop_block("channel", "nearest"), {}, ONLY),
+    "a GSoP block of positions": (gsop_block("position", "average"), {}, ONLY),
+    "a GSoP block of both": (gsop_block("maximum", "nearest"), {}, ONLY),
+    "a GSoP block of both, fused by a layer": (
+        gsop_block("concatenation", "average"),
+        {},
+        ONLY,
+    ),
     "a removed part that returns a dict of its own class": (
         with_parts(
             lambda net, x: (net.head(net.features(x)), logits(net, x))[1],

@@ -45,6 +45,7 @@ BY_SIZE = (
         idioms.EXPORTED,
         "a dict",
         "a hook that scales features",
+        "a GSoP block of positions",
         "a table that the first run makes",
     ),
 )
