@@ -155,7 +155,7 @@ class Settings(StrictModel):
 
     max_connections: Count = setting(
         1000,
-        "open connections; a further one gets 503",
+        "open connections, idle ones included; a further one closes the longest idle one, or gets 503",
     )
     max_connection_age: Seconds | None = setting(
         None,

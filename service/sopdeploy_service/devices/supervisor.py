@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
@@ -57,7 +58,7 @@ from sopdeploy_service.server.lifetime import (
     terminal_is_closed,
 )
 from sopdeploy_service.server.sockets import SPARE, Arrivals, announce, bind, raise_file_limit
-from sopdeploy_service.server.tls import accept, tls_context
+from sopdeploy_service.server.tls import TLS_LIMITS, tls_context
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
@@ -514,8 +515,10 @@ class Supervisor:
     async def _refuse(self, connection: socket.socket) -> None:
         """Answer *connection* with 503, and ignore what its client still sends until it closes."""
         refusal = Refusal(refusal_response(self._settings.root_path))
+        context = self._tls_context
+        tls: dict[str, Any] = {} if context is None else {"ssl": context, **TLS_LIMITS}
         with contextlib.suppress(OSError):  # its handshake fails, or it does not close in time
-            await accept(lambda: refusal, connection, self._tls_context)
+            await self._loop.connect_accepted_socket(lambda: refusal, connection, **tls)
             await asyncio.wait_for(refusal.ended.wait(), LINGER_SECONDS)
 
         if refusal.transport is not None:

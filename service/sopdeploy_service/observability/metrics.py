@@ -152,7 +152,9 @@ class Metrics:
             "runtime_seconds", "Seconds in which the runtime worked", ("model",)
         )
 
-        self.connections = gauge("connections", "Open connections")
+        self.connections = gauge(
+            "connections", "Open connections, also before the end of their handshake"
+        )
         self.upload_bytes = gauge(
             "upload_bytes", "Bytes of the bodies of requests without a response yet"
         )

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -29,8 +29,8 @@ from sopdeploy_service.server.lifetime import (
     follow_keys,
     terminal_is_closed,
 )
-from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, announce
-from sopdeploy_service.server.tls import accept, expiry, handshake, tls_context
+from sopdeploy_service.server.sockets import MAX_PENDING, Arrivals, accept_pending, announce
+from sopdeploy_service.server.tls import expiry, tls_context
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
@@ -53,8 +53,10 @@ def freeze_objects() -> None:
 
 
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """Create the uvicorn configuration of *app* with the connection limits of *settings*."""
-    app.state.connections = Connections(settings, app.state.service.metrics)
+    """Create the uvicorn configuration of *app* with the connection limits of *settings*; raises `ConfigError`."""
+    app.state.connections = Connections(
+        settings, app.state.service.metrics, tls_context(settings)
+    )
     return limited_config(app, app.state.connections)
 
 
@@ -125,10 +127,10 @@ class DrainingServer(uvicorn.Server):
         self._bundle_reload = Joined(self._reload_bundles)
         self._key_reload = Joined(self._reload_keys)
 
-        self._tls_context = tls_context(settings)
         if settings.ssl_certfile is not None:
             self._service.metrics.certificate_expiry.set(expiry(settings.ssl_certfile))
         self._listeners: Sequence[socket.socket] = ()
+        self._arrivals: list[Arrivals] = []  # of HTTPS
 
         # After a signal: when the port closes, if it stays open, and when unfinished requests get 503.
         self._open_until: float | None = None
@@ -154,7 +156,7 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the app, serve the connections of *sockets*, if there are any, and call `on_open`."""
         self.lifespan = AppLifespan(self._app)  # instead of uvicorn's own
-        await super().startup([])  # uvicorn would give a handshake a minute
+        await super().startup([])
         self._listeners = sockets or ()
         for listener in self._listeners:
             await self._open_port(listener)
@@ -171,10 +173,16 @@ class DrainingServer(uvicorn.Server):
     async def _open_port(self, listener: socket.socket) -> None:
         """Serve the connections of *listener*; raises `ConfigError`."""
         loop = asyncio.get_running_loop()
-        tls = handshake(self._tls_context)
         try:
+            # With HTTPS, asyncio tells of a connection only after its handshake.
+            if self._connections.tls is not None:
+                arrivals = Arrivals(listener, lambda: self._serve_arrivals(arrivals))
+                arrivals.open()
+                self._arrivals.append(arrivals)
+                return
+
             server = await loop.create_server(
-                self._create_protocol, sock=listener, backlog=MAX_PENDING, **tls
+                self._create_protocol, sock=listener, backlog=MAX_PENDING
             )
         except OSError as problem:
             raise ConfigError(
@@ -182,8 +190,12 @@ class DrainingServer(uvicorn.Server):
             ) from problem
         self.servers.append(server)
 
-    def _create_protocol(self) -> asyncio.Protocol:
-        create = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
+    def _serve_arrivals(self, arrivals: Arrivals) -> None:
+        while arrivals:
+            start_task(self._background, self.serve_connections([arrivals.take()]))
+
+    def _create_protocol(self) -> LimitedHttpProtocol:
+        create = cast(Callable[..., LimitedHttpProtocol], self.config.http_protocol_class)
         return create(
             config=self.config,
             server_state=self.server_state,
@@ -195,11 +207,19 @@ class DrainingServer(uvicorn.Server):
         announce(sockets[0], self._service.settings.scheme, self.bundles)
 
     async def serve_connections(self, connections: Sequence[socket.socket]) -> None:
-        """Serve accepted *connections*."""
+        """Serve accepted *connections*; with HTTPS, this takes until the end of their handshakes."""
         await asyncio.gather(
-            *(accept(self._create_protocol, one, self._tls_context) for one in connections),
+            *map(self._serve_connection, connections),
             return_exceptions=True,  # one that cannot be served does not concern the others
         )
+
+    async def _serve_connection(self, connection: socket.socket) -> None:
+        tls = self._connections.tls
+        if tls is None:
+            loop = asyncio.get_running_loop()
+            await loop.connect_accepted_socket(self._create_protocol, connection)
+        else:
+            await self._create_protocol().shake_hands(connection, tls)
 
     def on_hangup(self) -> None:
         """Drain if the terminal was closed; a SIGHUP that a program sends reloads bundles and keys."""
@@ -286,7 +306,8 @@ class DrainingServer(uvicorn.Server):
         if self._is_closed:
             return []
         self._is_closed = True
-        pending = [one for listener in self._listeners for one in accept_pending(listener)]
+        pending = [one for arrivals in self._arrivals for one in arrivals.close()]
+        pending += [one for listener in self._listeners for one in accept_pending(listener)]
         for server in self.servers:
             server.close()
         return pending
@@ -304,7 +325,7 @@ class DrainingServer(uvicorn.Server):
             while not all_answered and time.monotonic() < end:
                 await asyncio.sleep(_POLL_SECONDS)  # the loop reads what has arrived
 
-                connections = cast(set[LimitedHttpProtocol], self.server_state.connections)
+                connections = cast(Iterable[LimitedHttpProtocol], self._connections.open)
                 # uvicorn runs this timer while a connection waits for its next request.
                 all_answered = all(
                     one.timeout_keep_alive_task is not None for one in connections

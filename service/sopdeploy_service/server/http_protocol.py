@@ -8,6 +8,9 @@ limits their number, `api.admission` the bodies.
 import asyncio
 import math
 import random
+import select
+import socket
+import ssl
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -23,6 +26,7 @@ from sopdeploy_service.http.problems import problem_response
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.origins import is_within, join_headers, without_prefix
 from sopdeploy_service.server.connections import Connections
+from sopdeploy_service.server.tls import TLS_LIMITS
 
 HEADER_SECONDS = 10.0  # in which the headers of a request must arrive
 WRITE_SECONDS = 30.0  # after which a client that reads nothing is disconnected
@@ -93,6 +97,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.body_bytes = 0  # of the present request
         self._error: HttpError | None = None  # set by a callback of the parser
 
+        self._handshake: asyncio.Task[None] | None = None  # of HTTPS, until its end
+
         # Whether the headers, or the body, of a request are arriving now.
         self._in_headers = self._in_body = False
         self._header_bytes = 0  # of the names and values of complete headers and trailers
@@ -112,8 +118,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Accept or reject the connection, and begin the time for its first request."""
+        """Admit the connection unless it counts since its handshake; begin the time for its first request."""
         super().connection_made(cast(asyncio.Transport, transport))
+        if self._handshake is None:
+            self._shared.admit(self)
+        else:
+            self._handshake = None
+            self._shared.note_idle(self, is_fresh=True)
 
         # uvicorn's response cycle calls `is_closing` and `write` of this object, see
         # `on_headers_complete`.
@@ -130,13 +141,25 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             spread = random.uniform(-AGE_SPREAD, AGE_SPREAD)  # noqa: S311 - no secret
             self._kept_until = self.loop.time() + age * (1 + spread)
 
-        reason = self._shared.admit(self)
-        if reason is not None:
-            self._reject(reason)
-        elif self.is_trusted:  # proxies may open connections before they have a request
+        if self.is_trusted:  # proxies may open connections before they have a request
             self._begin_idle_time()
         else:
             self._start_header_timeout()
+
+    async def shake_hands(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        """Serve the accepted *connection*, which counts from now on, after its handshake of HTTPS.
+
+        Raises `OSError` if the handshake fails.
+        """
+        self._handshake = asyncio.current_task()
+        self._shared.admit(self)
+        try:
+            await self.loop.connect_accepted_socket(
+                lambda: self, connection, ssl=context, **TLS_LIMITS
+            )
+        finally:
+            if self._handshake is not None:  # it has failed
+                self._shared.remove(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop all timers, and let go of the cycle of the last request."""
@@ -235,6 +258,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
         super().on_message_begin()
         self._unset_keepalive_if_required()  # stops the timer of the idle time
+        self._shared.note_request(self)
 
         self._in_headers = True
         self._header_bytes = 0
@@ -279,6 +303,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if codings and [value.strip(b" \t").lower() for value in codings] != [b"chunked"]:
             self._refuse(UNKNOWN_CODING)
 
+        # Without room for the connection, refuse all but probes and the metrics.
+        no_room = self._shared.admit_request(self, self._path)
+        if no_room is not None:
+            self._refuse(no_room)
+
         # Start the app, and let its response pass through this object.
         super().on_headers_complete()
         # The request has the present list. Trailers, which it must not use, are appended to a
@@ -291,8 +320,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.cycle.transport = cast(asyncio.Transport, self)
 
         is_old = self._kept_until is not None and self.loop.time() >= self._kept_until
-        if self._shared.is_leaving or is_old:
+        if self._shared.is_leaving or is_old or self._shared.is_over_limit():
             self.close_after_response()
+
+    @property
+    def _path(self) -> str:
+        """The path of the present request, below `root_path`."""
+        url = self.url.partition(b"?")[0].decode("latin-1")
+        return without_prefix(url, self._limits.root_path)
 
     def close_after_response(self) -> None:
         """Send `Connection: close` with the present response, unless there is none or it has begun."""
@@ -322,6 +357,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.cycle.response_complete:
             self._stop_timer()  # stops the timer of the rest of the body
             self._begin_idle_time()
+            self._shared.note_idle(self)
 
     def _begin_idle_time(self) -> None:
         """Start the timer that uvicorn starts after a response."""
@@ -342,6 +378,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._in_body:  # of this request; the app did not wait for its end
             self._unset_keepalive_if_required()
             self._begin_rest()
+        else:
+            self._shared.note_idle(self)
 
     def _begin_rest(self) -> None:
         """Begin the time for the rest of a body whose response is complete, once for each request."""
@@ -379,6 +417,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """
         if self._closed:
             return
+        if self._handshake is not None:
+            self.abort()
+            return
 
         is_input_in_transit |= self._ignores_input or self._in_body
         self._ignores_input = self._closed = True
@@ -398,8 +439,24 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     timeout_keep_alive_handler = close
 
+    def is_quiet(self) -> bool:
+        """Tell whether nothing waits to be read, or to be sent."""
+        if self._handshake is not None or self.transport.is_closing():
+            return True
+        if self.transport.get_write_buffer_size():
+            return False
+
+        # A request that arrives in this turn of the loop is still in the socket.
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), select.POLLIN)
+        return not poll.poll(0)
+
     def abort(self) -> None:
         """Close immediately and discard the pending output."""
+        if self._handshake is not None:
+            self._handshake.cancel()
+            return
+
         if self.transport.get_write_buffer_size():
             self._shared.metrics.rejected.labels("slow_reader").inc()
         self.transport.abort()
@@ -443,11 +500,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Send the response of *reason* as the last one, without the app."""
         # The request has an identifier already if the app has it.
         root = self._limits.root_path
-        url = self.url.partition(b"?")[0].decode("latin-1")
         headers = join_headers(self.headers or [])
-        context = RequestContext(
-            request_id(headers), headers, without_prefix(url, root), self.address
-        )
+        context = RequestContext(request_id(headers), headers, self._path, self.address)
         if self._in_body and self.cycle is not None:
             known = self.cycle.scope.get("state", {}).get("context")
             context.request_id = context.request_id if known is None else known.request_id

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from sopdeploy.errors import ConfigError
 
-SPARE = 64  # connections over the limit that get a 503 response; further ones are aborted
+# Connections over the limit that get a 503 response; further ones are aborted. As many may read the metrics.
+SPARE = 64
 MAX_PENDING = 4096  # connections that nobody serves yet; the Linux default
 FILE_SECONDS = 0.1  # without a free file for a connection, until the next attempt
 OTHER_FILES = 64  # bundles, libraries
@@ -26,7 +27,7 @@ def raise_file_limit(num_connections: int) -> None:
 
     Raises `ConfigError` if the system does not allow the former.
     """
-    needed_files = num_connections + SPARE + OTHER_FILES
+    needed_files = num_connections + 2 * SPARE + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     if hard != resource.RLIM_INFINITY and hard < needed_files:

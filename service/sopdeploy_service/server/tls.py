@@ -1,20 +1,18 @@
-"""HTTPS: the certificate of a server, and the handshakes of connections."""
+"""HTTPS: the certificate of a server, and the times of its connections."""
 
-import asyncio
 import base64
 import re
-import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from sopdeploy.base.files import MAX_TEXT_BYTES, read_file
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.settings import Settings
 
-HANDSHAKE_SECONDS = 5.0  # also for the end of a connection
+# Arguments of asyncio for each connection of HTTPS, in seconds
+TLS_LIMITS = {"ssl_handshake_timeout": 5.0, "ssl_shutdown_timeout": 5.0}
 PEM = re.compile(rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----(.*?)-----END", re.DOTALL)
 # Of a certificate (RFC 5280, section 4.1), counted without the version, which may be left out
 VERSION_TAG = 0xA0
@@ -75,27 +73,3 @@ def read_der(data: bytes, limit: int = MAX_FIELDS) -> Iterator[tuple[int, bytes]
         yield tag, data[begin : begin + length]
         begin += length
         limit -= 1
-
-
-async def accept(
-    protocol: Callable[[], asyncio.Protocol],
-    connection: socket.socket,
-    context: ssl.SSLContext | None,
-) -> None:
-    """Serve the accepted *connection* by a new *protocol*; raises `OSError` if its handshake fails.
-
-    With HTTPS, this takes until the end of the handshake.
-    """
-    loop = asyncio.get_running_loop()
-    await loop.connect_accepted_socket(protocol, connection, **handshake(context))
-
-
-def handshake(context: ssl.SSLContext | None) -> dict[str, Any]:
-    """Return the arguments for a connection or a port of HTTPS with *context*; none for HTTP."""
-    if context is None:
-        return {}
-    return {
-        "ssl": context,
-        "ssl_handshake_timeout": HANDSHAKE_SECONDS,
-        "ssl_shutdown_timeout": HANDSHAKE_SECONDS,
-    }

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.api import admission
+from sopdeploy_service.http.middleware import PROBES
 from sopdeploy_service.server import connections, http_protocol
 from sopdeploy_service.server.http_protocol import LINGER_SECONDS, LimitedHttpProtocol
 from sopdeploy_service.server.sockets import raise_file_limit
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime
-from tests.support.raw import EXPECT, GET, POST, connect, count, post_of, read
+from tests.support.raw import EXPECT, GET, POST, Reply, connect, count, post_of, read
 from tests.support.service import running, wait_for
 from tests.support.strategies import damaged
 
@@ -459,7 +460,7 @@ def test_a_connection_over_the_limit_is_503(crowded, wire):
 
     for each, end_of_body in zip(wires, (b"hello", b"", b"", b""), strict=True):
         each.sendall(end_of_body + GET)
-    reply = read(wire(client))
+    reply = ask(wire(client))
     assert reply.status == 503
     assert reply.code == "too_many_connections"
     assert reply.headers["retry-after"] == "1"
@@ -469,6 +470,12 @@ def test_a_connection_over_the_limit_is_503(crowded, wire):
         assert read(each, to_the_end=False).status == 200
         each.close()
     wait_for(lambda: count(client, "connections") == 1)
+
+
+def ask(wire: socket.socket, path: bytes = b"/info", *, to_the_end: bool = True) -> Reply:
+    """Return the response to a request of *path* on *wire*."""
+    wire.sendall(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path)
+    return read(wire, to_the_end=to_the_end)
 
 
 NO_BODY = POST + b"Content-Length: 400000\r\n\r\n"
@@ -482,8 +489,118 @@ def hold(client, wires, sent):
     wait_for(lambda: sum(one._in_body for one in connections.open) >= len(wires))
 
 
+@pytest.fixture
+def full(crowded, wire):
+    """A client of a server whose four connections send bodies, and these connections."""
+    wires = [wire(crowded) for _ in range(4)]
+    hold(crowded, wires, NO_BODY)
+    return crowded, wires
+
+
+def between_requests(wire, _served):
+    get(wire)
+
+
+def after_an_early_response(wire, served):
+    wire.sendall(NOWHERE)
+    assert read(wire, to_the_end=False).status == 404
+    wire.sendall(b"hello")
+    wait_for(lambda: len(served.idle) >= 1)
+
+
+def in_the_headers(wire, served):
+    wire.sendall(GET)
+    wait_for(lambda: any(one._in_headers for one in served.open))
+
+
+def in_a_body(wire, served):
+    wire.sendall(NO_BODY)
+    wait_for(lambda: any(one._in_body for one in served.open))
+
+
+def silent(_wire, served):
+    wait_for(lambda: len(served.open) >= 1)
+
+
+# What a connection does, the seconds in which it is fresh, and whether it makes room
+WAITING = {
+    "between two requests": (between_requests, 60, True),
+    "after an early response": (after_an_early_response, 60, True),
+    "silent": (silent, 0, True),
+    "silent, but fresh": (silent, 60, False),
+    "in its headers": (in_the_headers, 0, False),
+    "in a body": (in_a_body, 0, False),
+}
+
+
+@pytest.mark.parametrize("proxies", ["", "127.0.0.1"], ids=["clients", "a trusted proxy"])
+@pytest.mark.parametrize(("wait", "fresh", "makes_room"), WAITING.values(), ids=WAITING)
+def test_a_connection_without_a_request_makes_room_for_another(
+    serve_with, wire, monkeypatch, wait, fresh, makes_room, proxies
+):
+    monkeypatch.setattr(connections, "FRESH_SECONDS", fresh)
+    client = serve_with(
+        FakeRuntime(num_classes=7), max_connections=1, trusted_proxies=proxies or ()
+    )
+    first = wire(client)
+    wait(first, client.app.state.connections)
+    reply = ask(wire(client), to_the_end=not makes_room)
+
+    assert reply.status == (200 if makes_room else 503)
+    first.settimeout(0.2)
+    if makes_room:
+        assert first.recv(10) == b""
+    else:
+        with pytest.raises(TimeoutError):
+            first.recv(10)
+
+
+def test_of_idle_connections_the_longest_idle_one_makes_room(crowded, wire):
+    wires = [wire(crowded) for _ in range(4)]
+    for each in (*wires, wires[0]):  # the first one is idle for a shorter time than the second
+        get(each)
+    get(wire(crowded))
+
+    assert wires[1].recv(10) == b""
+    for each in (wires[0], *wires[2:]):
+        get(each)
+
+
+@pytest.mark.parametrize("path", [*sorted(PROBES), "/metrics"])
+def test_probes_and_metrics_are_answered_on_a_full_server(full, wire, monkeypatch, path):
+    monkeypatch.setattr(connections, "SPARE", 2)
+    client, wires = full
+    for _ in range(5):
+        assert ask(wire(client), path.encode()).status == 200
+        assert ask(wire(client)).status == 503
+
+    for each in wires:  # no other connection has made room
+        each.sendall(bytes(400_000))
+        assert read(each, to_the_end=False).status == 415
+
+
+def test_a_refused_probe_is_not_one_of_a_number(full, wire):
+    """Its path decides, and not what looks like it."""
+    client, _ = full
+    for path, status in {b"/livez?x=1": 200, b"/livez/": 503, b"/x/livez": 503}.items():
+        assert ask(wire(client), path).status == status
+
+
+def test_room_that_becomes_free_before_the_request_is_used(full, wire):
+    client, wires = full
+    late = wire(client)
+    late.sendall(GET[:5])
+    wait_for(lambda: client.app.state.connections.uncounted)
+    wires[0].close()
+    wait_for(lambda: len(client.app.state.connections.open) == 4)
+
+    late.sendall(GET[5:] + b"\r\n")
+    assert read(late, to_the_end=False).status == 200
+    get(late)
+
+
 @pytest.mark.parametrize(
-    ("soft", "hard", "raised"), [(100, 628, 628), (10_000, 10_000, None), (100, -1, 4724)]
+    ("soft", "hard", "raised"), [(100, 692, 692), (10_000, 10_000, None), (100, -1, 4788)]
 )
 def test_the_limit_of_open_files_is_raised_for_the_connections(monkeypatch, soft, hard, raised):
     calls = []
@@ -493,8 +610,8 @@ def test_the_limit_of_open_files_is_raised_for_the_connections(monkeypatch, soft
 
     assert calls == ([(raised, hard)] if raised else [])
 
-    monkeypatch.setattr(resource, "getrlimit", lambda _kind: (100, 627))
-    with pytest.raises(ConfigError, match=r"max_connections 500: .*628 .* 627"):
+    monkeypatch.setattr(resource, "getrlimit", lambda _kind: (100, 691))
+    with pytest.raises(ConfigError, match=r"max_connections 500: .*692 .* 691"):
         raise_file_limit(500)
 
 
@@ -525,13 +642,13 @@ def test_any_bytes_get_a_response_or_a_closed_connection(
     assert client.get("/livez").status_code == 200
 
 
-def test_every_connection_over_the_limit_has_a_response(crowded, wire, monkeypatch):
+def test_every_connection_over_the_limit_has_a_response(full, wire, monkeypatch):
     monkeypatch.setattr(connections, "SPARE", 2)
-    hold(crowded, [wire(crowded) for _ in range(4)], NO_BODY)
+    client, _ = full
     for _ in range(6):
-        reply = read(wire(crowded))
+        reply = ask(wire(client))
         assert (reply.status, reply.code) == (503, "too_many_connections")
-        assert len(crowded.app.state.connections.closing) <= 2
+        assert len(client.app.state.connections.uncounted) <= 2
 
 
 def test_a_silent_connection_of_a_trusted_proxy_is_kept(serve_with, wire, monkeypatch):
