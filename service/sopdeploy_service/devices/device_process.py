@@ -187,7 +187,7 @@ class DeviceProcess:
 
         self.front_ends: set[FrontEndChannel] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._reloads = Joined(self._reload)
+        self._reloads = Joined(self._reload, tries_again=settings.follow)
         self._has_new_models = False  # of which the supervisor does not know
         self._supervisor_left = False
 
@@ -297,9 +297,10 @@ class DeviceProcess:
         self.front_ends.add(front_end)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: front_end, connection)
 
-    async def _reload(self) -> None:
+    async def _reload(self) -> bool:
         """Reload the bundles; if this changes models, let the supervisor send new channels."""
         before = self.registry.models()
-        await self.registry.reload(self._sources)
+        succeeded = await self.registry.reload(self._sources)
         if self.registry.models() != before:
             self._has_new_models = True
+        return succeeded

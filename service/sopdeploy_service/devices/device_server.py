@@ -152,8 +152,9 @@ class DeviceServer(DrainingServer):
         keys_file, limits_file = files
         self._app.state.keys.replace(read_shared_keys(keys_file), map_states(limits_file))
 
-    async def _reload_keys(self) -> None:
+    async def _reload_keys(self) -> bool:
         """Do nothing: the supervisor reads the file of the keys, and sends them."""
+        return True
 
     async def collect_metrics(self) -> bytes:
         """Return the page of the supervisor with the metrics of all processes; if it is late, the own one."""

@@ -247,8 +247,9 @@ class RemoteRegistry(Registry):
         for to_device in self._channels.values():
             await to_device.open(self._lose)
 
-    async def reload(self, sources: Iterable[str | Path]) -> None:
+    async def reload(self, sources: Iterable[str | Path]) -> bool:  # noqa: ARG002
         """Do nothing: device processes reload their bundles, and then send new channels."""
+        return True
 
     def close(self, reason: HttpError) -> None:
         """Give *reason* to every image without an outcome, also in channels that were replaced."""

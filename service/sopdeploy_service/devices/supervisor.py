@@ -122,8 +122,7 @@ class Supervisor:
         self._gave_up = False  # waiting for processes that do not end when they are killed
 
         self._failures: dict[str, list[str]] = {}  # not logged yet, with titles of processes
-        self._reloads = Joined(self._reload)
-        self._key_reloads = Joined(self._reload_keys)
+        self._key_reloads = Joined(self._reload_keys, tries_again=settings.follow)
         self._channels = Channels(self._devices, self._front_ends)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -214,25 +213,31 @@ class Supervisor:
         if terminal_is_closed():
             self._stop()
         else:
-            self._reloads.request()
+            self._reload()
 
-    async def _reload(self) -> None:
+    def _reload(self) -> None:
         """Let devices reload their bundles, and the processes that serve HTTP get the keys of the file."""
         for process in self._devices:
             process.send(control.RELOAD)
-        await self._reload_keys()
+        self._key_reloads.request()
 
-    async def _reload_keys(self) -> None:
-        """Send the keys of the file to the processes that serve HTTP, if they have changed."""
-        keys = await read_again(self._settings, self._keys.ring.keys, self._keys_unreadable)
+    async def _reload_keys(self) -> bool:
+        """Send the keys of the file to the processes that serve HTTP, if they have changed.
+
+        Returns whether they have the keys that are in the file now.
+        """
+        keys = await read_again(self._settings, self._keys_unreadable)
+        if keys is None:
+            return False
         if keys == self._keys.ring.keys:
-            return
+            return True
 
         try:
             new = SharedKeys(keys, self._keys.ring)
         except OSError as error:
+            self._keys_unreadable.set(1)
             log.error("keys not reloaded, those in use stay: %s", error.strerror)
-            return
+            return False
 
         # A process that is starting gets them when it has started.
         self._keys.close()
@@ -240,6 +245,7 @@ class Supervisor:
         for process in self._servers:
             self._send_keys(process)
         log.info("keys reloaded", extra={"keys": len(keys)})
+        return True
 
     def _send_keys(self, process: Process) -> None:
         """Send the keys to *process*, which is replaced if it cannot receive them."""

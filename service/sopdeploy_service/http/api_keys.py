@@ -107,10 +107,8 @@ def keys_of_server(path: Path) -> tuple[Key, ...]:
     return keys
 
 
-async def read_again(
-    settings: Settings, in_use: Sequence[Key], unreadable: Gauge
-) -> tuple[Key, ...]:
-    """Read the keys of a server again; if this is not possible, log why and return those *in_use*.
+async def read_again(settings: Settings, unreadable: Gauge) -> tuple[Key, ...] | None:
+    """Read the keys of a server again; if this is not possible, log why and return None.
 
     Sets the gauge *unreadable* to 1 if it is not possible, else to 0.
     """
@@ -123,7 +121,7 @@ async def read_again(
     except (SopdeployError, OSError) as error:
         unreadable.set(1)
         log.error("keys not reloaded, those in use stay: %s", error)
-        return tuple(in_use)
+        return None
 
     unreadable.set(0)
     return keys

@@ -175,8 +175,8 @@ class Registry(ABC):
         """Start what runs the models."""
 
     @abstractmethod
-    async def reload(self, sources: Iterable[str | Path]) -> None:
-        """Find the bundles of *sources* again and serve them, or log why this is not possible."""
+    async def reload(self, sources: Iterable[str | Path]) -> bool:
+        """Find the bundles of *sources* again and serve them, or log why not; return whether they are served."""
 
     @abstractmethod
     def close(self, reason: HttpError) -> None:

@@ -90,8 +90,8 @@ class ModelRegistry(Registry):
                 self._retire(self._by_name[name])
             self._by_name[name] = model
 
-    async def reload(self, sources: Iterable[str | Path]) -> None:
-        """Read the bundles of *sources* again and serve them, or log why this is not possible."""
+    async def reload(self, sources: Iterable[str | Path]) -> bool:
+        """Read the bundles of *sources* again and serve them, or log why not; return whether they are served."""
         try:
             async with self.changing:
                 # This reads bundles that are served already, too: a folder may have other files under
@@ -112,12 +112,14 @@ class ModelRegistry(Registry):
             models_log.error(
                 "not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug
             )
-            return
+            return False
 
+        self.metrics.reload_failed.set(0)
         models_log.info(
             "reloaded",
             extra={"bundles": " ".join(model.bundle.name for model in self.models())},
         )
+        return True
 
     def _serves(self, name: str, manifest: Manifest) -> bool:
         """Tell whether the model *name* is that of a bundle with this content."""

@@ -117,8 +117,12 @@ class Metrics:
         # Models.
         self.load_failures = counter(
             "load_failures",
-            "Failed loads and reloads, by the code of the error",
+            "Failed reloads, by the code of the error",
             ("code",),
+        )
+        self.reload_failed = gauge(
+            "reload_failed",
+            "1 if the bundles could not be reloaded the last time, so that those before stay in use",
         )
 
         # The series of all codes begin at 0: Prometheus sees no increase in one that begins at 1.
@@ -243,7 +247,8 @@ class Metrics:
             self._info.remove(*labels)
 
     def count_load_failure(self, error: Exception) -> None:
-        """Count a load or reload that ended with *error*."""
+        """Count a reload that ended with *error*; until another one succeeds, the bundles before stay in use."""
+        self.reload_failed.set(1)
         self.load_failures.labels(
             error.code if isinstance(error, SopdeployError) else "internal"
         ).inc()

@@ -102,8 +102,8 @@ class DrainingServer(uvicorn.Server):
     signal ends the drain: unfinished requests get 503.
 
     SIGHUP reloads the bundles of *sources* and the API keys. A move of one of *links*, which maps
-    them to where they lead now, reloads the bundles; with `follow`, a change of the key file
-    reloads the keys.
+    them to where they lead now, reloads the bundles. With `follow`, a change of the key file
+    reloads the keys, and a reload that fails is tried again.
     """
 
     def __init__(
@@ -124,8 +124,8 @@ class DrainingServer(uvicorn.Server):
         # The tasks that follow links and files, and that begin connections; the end of the server
         # does not wait for them.
         self._background: set[asyncio.Task[None]] = set()
-        self._bundle_reload = Joined(self._reload_bundles)
-        self._key_reload = Joined(self._reload_keys)
+        self._bundle_reload = Joined(self._reload_bundles, tries_again=settings.follow)
+        self._key_reload = Joined(self._reload_keys, tries_again=settings.follow)
 
         if settings.ssl_certfile is not None:
             self._service.metrics.certificate_expiry.set(expiry(settings.ssl_certfile))
@@ -231,22 +231,24 @@ class DrainingServer(uvicorn.Server):
 
     def reload_bundles(self) -> None:
         """Begin to serve bundles that have changed, unless the server drains."""
-        if not self._drains:
-            self._bundle_reload.request()
+        self._bundle_reload.request()
 
-    async def _reload_bundles(self) -> None:
-        await self._service.registry.reload(self._sources)
+    async def _reload_bundles(self) -> bool:
+        return self._drains or await self._service.registry.reload(self._sources)
 
-    async def _reload_keys(self) -> None:
-        """Accept the keys that the file has now."""
+    async def _reload_keys(self) -> bool:
+        """Accept the keys that the file has now; return whether it can be read."""
         ring = cast(KeyRing | None, self._app.state.keys)
-        if ring is not None:
-            keys = await read_again(
-                self._service.settings, ring.keys, self._service.metrics.keys_unreadable
-            )
-            if keys != ring.keys:
-                ring.replace(keys)
-                log.info("keys reloaded", extra={"keys": len(keys)})
+        if ring is None:
+            return True
+
+        keys = await read_again(self._service.settings, self._service.metrics.keys_unreadable)
+        if keys is None:
+            return False
+        if keys != ring.keys:
+            ring.replace(keys)
+            log.info("keys reloaded", extra={"keys": len(keys)})
+        return True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Start to leave, or end the drain; uvicorn would exit with the code of the signal."""

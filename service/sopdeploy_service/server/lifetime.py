@@ -21,6 +21,9 @@ EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE: whoever started the server should start i
 TERMINAL = "/dev/tty"  # of the session, whatever the standard streams are
 BEAT_SECONDS = 0.1  # interval of uvicorn's ticks
 FOLLOW_SECONDS = 1.0
+# Pauses before work that has failed is tried again: the first one, and the longest, after it has doubled each time
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 300.0
 
 
 def has_terminal() -> bool:
@@ -68,30 +71,47 @@ def follow_keys(
 
 
 class Joined:
-    """Does *work* when it is requested. For one event loop.
+    """Does *work*, which returns whether it has succeeded, when it is requested. For one event loop.
 
-    Requests that come while it is done make it be done once more, however many they are.
+    Requests that come while it is done make it be done once more, however many they are. If it
+    *tries_again*, work that has failed is done again after growing pauses, until it succeeds.
     """
 
-    def __init__(self, work: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, work: Callable[[], Awaitable[bool]], *, tries_again: bool) -> None:
         self._work = work
+        self._tries_again = tries_again
         self._is_requested = self._is_running = False
+        self._pause = FIRST_PAUSE_SECONDS
+        self._next: asyncio.TimerHandle | None = None  # after a pause
         self._tasks: set[asyncio.Task[None]] = set()
 
     def request(self) -> None:
         """Do the work once after this call."""
+        self._pause = FIRST_PAUSE_SECONDS
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+
         self._is_requested = True
         if not self._is_running:
             self._is_running = True
             start_task(self._tasks, self._run())
 
     async def _run(self) -> None:
+        succeeded = False
         try:
             while self._is_requested:
                 self._is_requested = False
-                await self._work()
+                succeeded = await self._work()
         finally:
             self._is_running = False
+
+        if self._tries_again and not succeeded:
+            self._next = asyncio.get_running_loop().call_later(self._pause, self._begin)
+            self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
 
 
 @contextmanager

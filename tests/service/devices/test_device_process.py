@@ -413,8 +413,9 @@ def test_the_supervisor_learns_of_new_models_after_a_pause(
         tested = device_process.device_process
         before = tested.registry
 
-        async def reload(_sources: object) -> None:
+        async def reload(_sources: object) -> bool:
             monkeypatch.setattr(before, "models", reloaded.models)
+            return True
 
         monkeypatch.setattr(before, "reload", reload)
         while not supervisor_reads and control.send_message(tested._supervisor, b"other"):

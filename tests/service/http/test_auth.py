@@ -538,11 +538,10 @@ def test_unreadable_keys_leave_those_in_use_in_one_line(tmp_path, caplog, name) 
     path = tmp_path / "keys.toml"
     if UNUSABLE_KEYS[name] is not None:
         path.write_text(UNUSABLE_KEYS[name])
-    in_use = (Key(name="a", sha256="0" * 64),)
     metrics = Metrics()
-    reading = read_again(Settings(keys=path), in_use, metrics.keys_unreadable)
+    reading = read_again(Settings(keys=path), metrics.keys_unreadable)
 
-    assert asyncio.run(reading) == in_use
+    assert asyncio.run(reading) is None
     assert metrics.registry.get_sample_value("sopdeploy_keys_unreadable") == 1
 
     (line,) = caplog.messages
@@ -582,11 +581,12 @@ def test_reloads_that_are_requested_during_one_are_one_more() -> None:
         gate = asyncio.Event()
         count = itertools.count()
 
-        async def work() -> None:
+        async def work() -> bool:
             next(count)
             await gate.wait()
+            return True
 
-        joined = Joined(work)
+        joined = Joined(work, tries_again=True)
         for _ in range(200):
             joined.request()
             await asyncio.sleep(0)
@@ -596,3 +596,54 @@ def test_reloads_that_are_requested_during_one_are_one_more() -> None:
         return next(count)
 
     assert asyncio.run(scenario()) == 2
+
+
+# Seconds of requests, the outcomes of the work, and the seconds at which it is done
+TRIES = {
+    "success at once": ([0], [True], True, [0]),
+    "success after three failures": ([0], [False] * 3 + [True], True, [0, 1, 3, 7]),
+    "pauses that stop growing": (
+        [0], [False] * 11, True, [0, 1, 3, 7, 15, 31, 63, 127, 255, 511, 811],
+    ),
+    "a request in a pause": ([0, 5], [False] * 3 + [False, True], True, [0, 1, 3, 5, 6]),
+    "a request after success": ([0, 9], [False, True, False, True], True, [0, 1, 9, 10]),
+    "work that is not tried again": ([0, 9], [False, False], False, [0, 9]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("requests", "outcomes", "tries_again", "expected"), TRIES.values(), ids=TRIES
+)
+def test_work_that_fails_is_tried_again_after_growing_pauses(
+    requests, outcomes, tries_again, expected
+) -> None:
+    class Loop(asyncio.SelectorEventLoop):
+        """An event loop whose time passes at once."""
+
+        now = 0.0
+
+        def time(self) -> float:
+            return self.now
+
+        def _run_once(self) -> None:
+            if not self._ready and self._scheduled:
+                self.now = self._scheduled[0].when()
+            super()._run_once()
+
+    times: list[float] = []
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+
+        async def work() -> bool:
+            times.append(loop.time())
+            return outcomes[len(times) - 1]
+
+        joined = Joined(work, tries_again=tries_again)
+        for second in requests:
+            loop.call_at(second, joined.request)
+        await asyncio.sleep(expected[-1] + 0.5)
+
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(scenario())
+    assert times == expected

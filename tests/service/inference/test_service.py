@@ -316,13 +316,15 @@ def test_a_reload_reads_the_files_of_a_bundle(
         before = registry.models()
         copied = Path(shutil.copytree(versions[0], versions[0].parent / "copied"))
         flip(copied / "model.onnx", 20)
-        await registry.reload([f"tiny={copied}"])
+        assert not await registry.reload([f"tiny={copied}"])
         assert lines(caplog)[-1].startswith("not reloaded, ")
         assert metric(registry, code="unusable_bundle") == 1
+        assert registry.metrics.registry.get_sample_value("sopdeploy_reload_failed") == 1
 
         flip(copied / "model.onnx", 20)  # as it was
-        await registry.reload([f"tiny={copied}"])
+        assert await registry.reload([f"tiny={copied}"])
         assert lines(caplog)[-1] == "reloaded"
+        assert registry.metrics.registry.get_sample_value("sopdeploy_reload_failed") == 0
         assert registry.models() == before
 
     caplog.set_level("INFO")

@@ -345,6 +345,13 @@ def test_a_server_that_follows_a_link_loses_no_request(tmp_path, jpeg, way) -> N
         promote(back=live)
         wait_for(lambda: serves(first))
 
+        # One whose files are copied after the link has moved
+        late = write_bundle(tmp_path / "elsewhere", seed=3)
+        move_link(live, late.name)
+        wait_for_refusals(client.child, way, late.name)
+        late.rename(tmp_path / late.name)
+        wait_for(lambda: serves(tmp_path / late.name))
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="terminals differ")
