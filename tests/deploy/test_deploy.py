@@ -537,7 +537,7 @@ def test_the_alert_rules_are_valid_and_fire_when_they_should(
     promtool: Callable[..., None],
 ) -> None:
     promtool("check", "rules", CHART / "alerts.yaml")
-    promtool("test", "rules", ALERT_TESTS)
+    promtool("test", "rules", ALERT_TESTS, ALERT_TESTS.with_name("night.yaml"))
 
 
 @pytest.mark.slow
@@ -546,6 +546,32 @@ def test_calm_days_raise_no_alarm_and_drift_is_noticed(
     promtool: Callable[..., None], days: str
 ) -> None:
     promtool("test", "rules", ALERT_TESTS.with_name(days))
+
+
+def test_the_dashboard_begins_with_the_alarms(
+    promtool: Callable[..., None], tmp_path: Path
+) -> None:
+    dashboard = json.loads((DEPLOY / "dashboard.json").read_text(encoding="utf-8"))
+    (query,) = dashboard["panels"][0]["targets"]
+    unreadable = 'sopdeploy_keys_unreadable{job="shop",instance="a",process="supervisor"}'
+    labels = '{severity="warning",alertname="SopdeployKeysUnreadable",job="shop",instance="a"}'
+    case = {
+        "interval": "1m",
+        "input_series": [
+            {"series": unreadable, "values": "1x10"},
+            {"series": 'sopdeploy_bundle_info{job="shop",instance="a"}', "values": "1x10"},
+        ],
+        "promql_expr_test": [
+            {
+                "expr": query["expr"].replace("$namespace", ".*"),
+                "eval_time": "10m",
+                "exp_samples": [{"labels": labels, "value": 1}],
+            }
+        ],
+    }
+    rules = str(CHART / "alerts.yaml")
+    (tmp_path / "tests.yaml").write_text(json.dumps({"rule_files": [rules], "tests": [case]}))
+    promtool("test", "rules", tmp_path / "tests.yaml")
 
 
 def test_the_alert_rules_of_two_releases_fire_once_each(
