@@ -144,8 +144,8 @@ class ModelInfo(StrictModel):
     vector of `/v1/embed`, is set if the bundle has features. `known_from`, the smallest score of
     a known image, is set if the bundle has a threshold for known images. `temperature` is set if the
     probabilities are the softmax of the logits of `/v2` divided by it. `last_day` and `days_before` are what
-    the process that responds has predicted in the last 24 hours and in the seven days before; not set if it
-    has several classes per image.
+    it has predicted in the last 24 hours and in the seven days before; not set if it has several classes per
+    image, or if several processes serve HTTP.
     """
 
     name: str

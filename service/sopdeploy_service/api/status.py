@@ -103,7 +103,8 @@ async def info(request: Request) -> Response:
         shapes = {output.name: output.shape for output in manifest.outputs}
         last_day: PredictedShares | None = None
         days_before: PredictedShares | None = None
-        if not model.decision.is_multi_label:
+        # Of several processes, each knows only what itself has predicted.
+        if not model.decision.is_multi_label and service.num_servers == 1:
             last_day, days_before = service.metrics.shares.describe(model.name)
 
         models.append(

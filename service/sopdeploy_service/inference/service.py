@@ -132,6 +132,11 @@ class Service:
         self._position = position
         self.admitted = 0
 
+    @property
+    def num_servers(self) -> int:
+        """How many processes of the server serve HTTP."""
+        return len(self._cells)
+
     def _count_admitted(self) -> int:
         """Return the images of all processes."""
         return sum(self._cells)
@@ -224,7 +229,7 @@ class Service:
         """Estimate how many admitted images run before the next one of *model*, on the same device."""
         # Device processes share the images of all front ends, which have about as many each as this one.
         if self.num_front_ends:
-            about = self.admitted * len(self._cells)
+            about = self.admitted * self.num_servers
             return min(about, self._count_admitted()) // model.num_devices
 
         return self.admitted  # each process has a device of its own

@@ -40,6 +40,12 @@ def test_predictions_of_v1_and_v2_are_counted_alike(
         page = client.get("/metrics").text
         (model,) = client.get("/info").json()["models"]
 
+        # One of several processes does not know what the others have predicted.
+        cells = memoryview(bytearray(16)).cast("q")
+        client.app.state.service.share_admitted(cells, 1)
+        (of_several,) = client.get("/info").json()["models"]
+    assert not {"last_day", "days_before"} & set(of_several)
+
     found = counts(page, "sopdeploy_predictions_total")
     assert found[f'label="{label}",model="tiny"'] >= 1
     assert sum(found.values()) == 2
