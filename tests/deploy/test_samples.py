@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnxruntime
@@ -18,7 +19,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.golden import GOLDEN, Golden, check_golden, draw_jpegs, read_golden
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.images.decode import decode
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.preprocess import Fit, Preprocess
 from sopdeploy_commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import blocks_of, text_of
@@ -147,7 +148,7 @@ def fits(jpeg: bytes, fast: Preprocess, decoding: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("fit", get_args(Fit))
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_examples_that_were_resized_fast_fit_pillow_but_no_other_scale_of_decoding(
     interpolation: str, fit: str
