@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sopdeploy.errors import CertificateError, SopdeployError, first_line, shorten
 from sopdeploy.models.base import is_in
 from sopdeploy_export.capture.deployed import STATELESS
+from sopdeploy_export.network import modules
 from sopdeploy_export.program_hashes import are_equal
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.runs import (
@@ -50,7 +51,10 @@ USE_TENSORS = (
     "its code must depend neither on the batch size, on earlier runs, or on being exported, nor on values of "
     "images, unless by operators such as torch.where"
 )
-GIVES_OTHERS = f"a second run of the network gives other outputs; {STATELESS}"
+GIVES_OTHERS = (
+    f"a second run of the network gives other outputs; {STATELESS}, and draw random numbers only if "
+    "self.training"
+)
 FAST_PATH = (
     "only torch's fast path of nn.TransformerEncoder does so: it sets the tokens to 0 that "
     "src_key_padding_mask leaves out; build it with enable_nested_tensor=False, or pool the other tokens only"
@@ -138,18 +142,29 @@ def _describe_difference(
     name: str, network: nn.Module, batch: Tensor, captured: Sequence[Tensor]
 ) -> CertificateError:
     """Return the error of a plain run of *network* on *batch* whose outputs for image *name* are not *captured*."""
+    # Runs that differ from each other, as with Python's random numbers, have another cause than the graph.
+    first, second = (run_plainly(network, batch) for _ in range(2))
+    if not all(map(are_equal, first, second)):
+        return CertificateError(GIVES_OTHERS)
+
     # The cause is the fast path, which no graph takes, if runs with and without it differ.
     with without_fast_path():
         slow = run_plainly(network, batch)
     is_fast_path = (
-        find_difference(slow, captured) is None
-        and find_difference(run_plainly(network, batch), captured) is not None
+        _has_fast_path(network)
+        and find_difference(slow, captured) is None
+        and find_difference(first, captured) is not None
     )
     where = "alone" if len(batch) == 1 else f"in a batch of {len(batch)}"
     return CertificateError(
         f"for {name} {where}, a plain run of the network gives other outputs than "
         f"its graph; {FAST_PATH if is_fast_path else USE_TENSORS}"
     )
+
+
+def _has_fast_path(network: nn.Module) -> bool:
+    """Tell whether a layer of *network* can give other outputs on torch's fast path."""
+    return any(isinstance(module, nn.TransformerEncoder) for _, module in modules(network))
 
 
 def _warn_of_nan(names: Sequence[str], outputs: Sequence[Tensor]) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """A plain run of a network against its captured graph, as measured on kinds of images."""
 
 import contextlib
+import itertools
+import random
 import re
 import sys
 from collections.abc import Callable
@@ -124,6 +126,18 @@ def keeps_the_last(network: Small, x: Tensor) -> Tensor:
     return network.fc(x + last)
 
 
+def alternates() -> Logits:
+    """Return twice the logits in every second run."""
+    runs = itertools.count()
+    return lambda network, x: network.fc(x) * (1 + next(runs) % 2)
+
+
+def has_fast_path(network: Small, x: Tensor) -> Tensor:
+    """Return other logits with torch's fast path, but has no layer that takes it."""
+    is_fast = torch.backends.mha.get_fastpath_enabled() and not imported_by_its_name()
+    return network.fc(x) * (2 if is_fast else 1)
+
+
 def is_called_by_export(_: Tensor) -> bool:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
@@ -181,6 +195,18 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "draws random numbers": (
         lambda: Small(of_mean(lambda n, x: n.fc(x + torch.rand(3)))),
         "random",
+    ),
+    "draws random numbers of Python": (
+        lambda: Small(of_mean(lambda n, x: n.fc(x) * random.random())),
+        "random",
+    ),
+    "alternates": (
+        lambda: Small(of_mean(alternates())),
+        "second run",
+    ),
+    "asks for the fast path": (
+        lambda: Small(of_mean(has_fast_path)),
+        f"{OTHER}(?!.*TransformerEncoder)",
     ),
     "reads a removed part": (
         lambda: Small(of_mean(lambda n, x: n.fc(x) + 0 * n.aux(x))),
@@ -246,6 +272,9 @@ def run(network: nn.Module, largest: int) -> PlainOutputs:
         "other logits in a batch of 3",
         "imports is_exporting",
         "a number of a removed part",
+        "draws random numbers of Python",
+        "alternates",
+        "asks for the fast path",
     ),
 )
 def test_a_plain_run_that_gives_something_else_is_refused(name: str) -> None:
