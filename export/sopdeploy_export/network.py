@@ -1,6 +1,7 @@
 """The modules and tensors of a network, read from torch's own tables; its copy, and what restores it."""
 
 import copy
+import linecache
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
 # Code whose lines tell a user nothing; packages of others can lie within that of Python.
 _FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
 _OF_PYTHON = sysconfig.get_path("stdlib")
+_MOST_OF_LINE = 100  # characters
 _Network = TypeVar("_Network", bound=nn.Module)
 
 
@@ -26,6 +28,17 @@ def is_network_code(file: str) -> bool:
     """Return whether *file* can hold code of a network: not of torch, Python or this package."""
     is_of_python = file.startswith(_OF_PYTHON) and "site-packages" not in file
     return not is_of_python and not file.startswith(_FOREIGN)
+
+
+def at_line(file: str, number: int) -> str:
+    """Write a place in code as ` in net.py:12 (the line)`."""
+    line = shortened(linecache.getline(file, number).strip(), _MOST_OF_LINE)
+    return f" in {Path(file).name}:{number} ({line})"
+
+
+def shortened(text: str, most: int) -> str:
+    """Return *text*, of which at most *most* characters stay."""
+    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 def copy_network(network: _Network, *, share_weights: bool = False) -> _Network:

@@ -9,6 +9,7 @@ plain network if and only if its output is computed the same way.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,12 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from sopdeploy.bundle.onnx_root import hash_parts
 from sopdeploy.errors import CertificateError
+from sopdeploy_export.network import at_line, is_network_code
 
+MOMENTUM = 0.1
+_TRAINS = ("training", "train", "use_input_stats")  # arguments of normalizations
 CHECK_OF_TYPE = torch.ops.aten._assert_tensor_metadata.default
+_FRAME = re.compile(r'File "(.+)", line (\d+), in ')  # of the trace that torch keeps of a node
 HashOf = Callable[[Tensor], str]  # returns a hash of a tensor's type, shape and content
 SCALARS = (bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -310,9 +315,10 @@ def _name_operation(node: fx.Node) -> str:
             f"{node.name}: a graph must contain only operations, not {node.op}"
         )
     if draws(target, node.args, node.kwargs):
+        place = place_of(node)
         raise CertificateError(
-            f"the eval graph draws random numbers with {target} in {module_of(node)}; an exported "
-            "network must be deterministic"
+            f"the eval graph draws random numbers with {target}{place}; an exported network must be "
+            f"deterministic: {_advise_on_draw(node, place)}"
         )
     if str(target).startswith("aten.as_strided"):
         raise CertificateError(
@@ -335,6 +341,19 @@ def module_of(node: fx.Node) -> str:
     return names[-1] if names and names[-1] else "forward"
 
 
+def place_of(node: fx.Node) -> str:
+    """Write the module of *node* and the line of its code as ` in head, in net.py:12 (the line)`.
+
+    The line is the innermost one in a `forward` of the network's own code; without one, it is left out.
+    """
+    place = f" in {module_of(node)}"
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    for file, number in reversed(frames):
+        if is_network_code(file):
+            return f"{place},{at_line(file, int(number))}"
+    return place
+
+
 def module_names(node: fx.Node) -> list[str]:
     """List the modules that *node* was captured in, the outermost first; "" is the whole network."""
     names = []
@@ -350,12 +369,25 @@ def draws(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
         return False
 
     # All arguments by name. Attention has `dropout_p`, recurrent layers have `dropout`.
-    schema = operator._schema.arguments
-    arguments = {argument.name: argument.default_value for argument in schema}
-    arguments |= dict(zip(arguments, args, strict=False)) | dict(kwargs)
+    arguments = arguments_by_name(operator, args, kwargs)
     is_off = any(arguments.get(name) == 0 for name in ("p", "dropout_p", "dropout"))
     is_eval = any(arguments.get(name) is False for name in ("train", "training"))
     return not is_off and not is_eval
+
+
+def _advise_on_draw(node: fx.Node, place: str) -> str:
+    """Say how *node*, at *place*, draws no random numbers in eval mode."""
+    # A layer of torch draws in train mode only.
+    stack = [*(node.meta.get("nn_module_stack") or {}).values()]
+    if stack and "torch.nn.modules." in str(stack[-1][1]):
+        return "this layer is in train mode, so do not call .train() in forward"
+
+    name = operator_name(node)
+    if "attention" in name:
+        return "pass dropout_p=0.0 unless self.training"
+    if "dropout" in name + place:
+        return "for dropout, write training=self.training"
+    return "draw them only if self.training"
 
 
 def _get_constant(node: fx.Node) -> Tensor:
@@ -371,15 +403,23 @@ def _get_constant(node: fx.Node) -> Tensor:
 
 
 def _all_arguments(node: fx.Node) -> list[Any]:
-    """List every argument of *node* in schema order, with defaults filled in."""
+    """List every argument of *node* in schema order, with defaults filled in.
+
+    The momentum of a normalization that does not train has no effect; it is that of `nn.BatchNorm2d`.
+    """
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return [*node.args, dict(node.kwargs)]
-    not_by_position = target._schema.arguments[len(node.args) :]  # given by name, or not at all
-    return [
-        *node.args,
-        *(
-            node.kwargs.get(argument.name, argument.default_value)
-            for argument in not_by_position
-        ),
-    ]
+    arguments = arguments_by_name(target, node.args, node.kwargs)
+    if "momentum" in arguments and not any(arguments.get(name) for name in _TRAINS):
+        arguments["momentum"] = MOMENTUM
+    return [*arguments.values()]
+
+
+def arguments_by_name(
+    operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Map the arguments of the ATen *operator* by name, in the order of its schema, to those of a call."""
+    schema = operator._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema}
+    return defaults | dict(zip(defaults, args, strict=False)) | dict(kwargs)

@@ -4,17 +4,14 @@ torch writes for those who develop torch. Causes that are known get a sentence o
 of any other one, torch's first sentence stays, shortened, beside the line of the network.
 """
 
-import linecache
 import re
 import traceback
-from pathlib import Path
 from typing import NamedTuple
 
 from sopdeploy.errors import LoweringError, describe_known, first_line
-from sopdeploy_export.network import is_network_code
+from sopdeploy_export.network import at_line, is_network_code, shortened
 
 _MOST_OF_TORCH = 160  # characters of torch's sentence
-_MOST_OF_LINE = 100
 
 NO_GRAPH = "cannot be captured as one graph"
 DATA_DEPENDENT = re.compile(r"data-dependent expression")
@@ -122,24 +119,13 @@ def describe_failure(error: BaseException) -> str:
 
     if sentence := describe_known(error):
         return sentence
-    sentence = _cut(first_line(error).rstrip("."), _MOST_OF_TORCH)
+    sentence = shortened(first_line(error).rstrip("."), _MOST_OF_TORCH)
     return f"the capture stops{place}: {sentence}; use other operators of torch"
 
 
 def no_graph(error: BaseException) -> LoweringError:
     """Make the error of a capture that *error* ended."""
     return LoweringError(f"{NO_GRAPH}: {describe_failure(error)}")
-
-
-def at_line(file: str, number: int) -> str:
-    """Write a place in code as ` in net.py:12 (the line)`."""
-    line = _cut(linecache.getline(file, number).strip(), _MOST_OF_LINE)
-    return f" in {Path(file).name}:{number} ({line})"
-
-
-def _cut(text: str, most: int) -> str:
-    """Return *text*, of which at most *most* characters stay."""
-    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 def failing_line(error: BaseException) -> str:

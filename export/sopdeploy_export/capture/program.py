@@ -29,11 +29,10 @@ from sopdeploy_export.capture.deployed import Deployed
 from sopdeploy_export.capture.failures import (
     BY_SIZE,
     NO_GRAPH,
-    at_line,
     no_graph,
 )
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms, simplify_operators
-from sopdeploy_export.network import attributes_restored, is_network_code, modules
+from sopdeploy_export.network import at_line, attributes_restored, is_network_code, modules
 from sopdeploy_export.program_hashes import CHECK_OF_TYPE, nodes_before
 
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network

@@ -6,13 +6,10 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from sopdeploy.errors import first_line
-from sopdeploy_export.capture.failures import at_line
-from sopdeploy_export.network import is_network_code
-from sopdeploy_export.program_hashes import module_of
+from sopdeploy_export.program_hashes import arguments_by_name, place_of
 
 # How the converter names the node that it cannot translate, and the operator of it.
 _TRANSLATED = re.compile(r"translating node %(\w+) :.*?\[target=torch\.ops\.([\w.]+)\]")
-_FRAME = re.compile(r'File "(.+)", line (\d+), in ')  # of the trace that torch keeps of a node
 # What to do instead of linear algebra that ONNX does not have, by the names of its operators.
 _REMEDIES = (
     (
@@ -27,6 +24,11 @@ _REMEDIES = (
         "ONNX has no inverses and factorizations of matrices; compute what depends on weights alone in __init__, and "
         "write others as matrix products (docs/second-order.md)",
     ),
+)
+# Convolutions whose kernel depends on the image, such as CondConv, have a group for each image.
+_KERNEL_PER_IMAGE = (
+    "ONNX fixes the number of groups; for a kernel (B, out, in, h, w) for each image, write "
+    "(kernel.flatten(2) @ F.unfold(x, (h, w))).unflatten(2, size)"
 )
 
 
@@ -45,23 +47,22 @@ def describe_failure(error: BaseException, program: ExportedProgram) -> str:
         match = _TRANSLATED.search(problem)
         if match is not None:
             node_name, operator = match.groups()
-            places = [place_of(node) for node in program.graph.nodes if node.name == node_name]
-            return f"{operator}{''.join(places)}; {_remedy_for(operator)}"
+            nodes = [node for node in program.graph.nodes if node.name == node_name]
+            if any(_has_group_per_image(node) for node in nodes):
+                operator, remedy = f"{operator} with a group for each image", _KERNEL_PER_IMAGE
+            else:
+                remedy = _remedy_for(operator)
+            return f"{operator}{''.join(map(place_of, nodes))}; {remedy}"
 
     return problems[-1]
 
 
-def place_of(node: fx.Node) -> str:
-    """Write the module of *node* and the line of its code as ` in head, in net.py:12 (the line)`.
-
-    The line is the innermost one in a `forward` of the network's own code; without one, it is left out.
-    """
-    place = f" in {module_of(node)}"
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    for file, number in reversed(frames):
-        if is_network_code(file):
-            return f"{place},{at_line(file, int(number))}"
-    return place
+def _has_group_per_image(node: fx.Node) -> bool:
+    """Return whether *node* is a convolution whose number of groups depends on the batch size."""
+    if "conv" not in str(node.target):
+        return False
+    groups = arguments_by_name(node.target, node.args, node.kwargs)["groups"]
+    return not isinstance(groups, int)
 
 
 def _remedy_for(operator: str) -> str:

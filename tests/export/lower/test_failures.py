@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.bundle.second_order import Root, count_second_order
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
@@ -73,8 +76,8 @@ class SecondMoments(nn.Module):
 LINE = SecondMoments.forward.__code__.co_firstlineno + 2  # of the call of `function`
 
 
-def captured(network: nn.Module) -> torch.export.ExportedProgram:
-    return capture_any_batch(network.eval(), Preprocess(resize=4, crop=4), ALONE)
+def captured(network: nn.Module, batch: BatchRange = ALONE) -> torch.export.ExportedProgram:
+    return capture_any_batch(network.eval(), Preprocess(resize=4, crop=4), batch)
 
 
 @pytest.mark.parametrize("form", REFUSED)
@@ -95,6 +98,38 @@ def test_refused_operators_name_their_line_and_what_to_do(form: str) -> None:
 def test_powers_of_matrices_are_lowered(power: int) -> None:
     program = captured(SecondMoments(lambda matrix: linalg.matrix_power(matrix, power)))
     assert lower(program, ("logits",)).graph.output[0].name == "logits"
+
+
+def by_kernels_of_images(matrix: Tensor, convolve: Callable[..., Tensor] = F.conv2d) -> Tensor:
+    """Convolve each matrix (3, 3) of the batch with a kernel that depends on it."""
+    return convolve(matrix[None], matrix[:, None], padding=1, groups=matrix.shape[0])[0]
+
+
+@pytest.mark.parametrize("convolve", [F.conv2d, F.conv_transpose2d])
+def test_a_kernel_for_each_image_is_refused_with_another_form(
+    convolve: Callable[..., Tensor],
+) -> None:
+    network = SecondMoments(partial(by_kernels_of_images, convolve=convolve))
+    program = captured(network, BatchRange(optimum=1, maximum=4))
+    with pytest.raises(LoweringError, match=rf"test_failures\.py:{LINE} .*F\.unfold"):
+        lower(program, ("logits",))
+
+
+def test_the_form_that_the_message_gives_for_a_kernel_for_each_image_is_right_and_lowered() -> (
+    None
+):
+    x = torch.rand(2, 4, 6, 5)
+    kernel = torch.rand(2, 8, 4, 3, 3)
+    written = (kernel.flatten(2) @ F.unfold(x, (3, 3))).unflatten(2, (4, 3))
+    grouped = F.conv2d(x.flatten(0, 1)[None], kernel.flatten(0, 1), groups=2)
+    torch.testing.assert_close(written, grouped[0].unflatten(0, (2, 8)))
+
+    network = SecondMoments(
+        lambda m: (
+            m[:, None, :, :, None].flatten(2) @ F.unfold(m[:, None], (3, 3), padding=1)
+        ).mean(1)[..., None]
+    )
+    assert lower(captured(network), ("logits",)).graph.output[0].name == "logits"
 
 
 def test_without_code_of_the_network_the_module_is_the_place() -> None:

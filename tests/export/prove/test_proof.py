@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.nn import functional as F
 
 from sopdeploy.errors import CertificateError
 from sopdeploy_export.network import copy_network
@@ -35,6 +36,7 @@ class Function(nn.Module):
         torch.manual_seed(seed)
         self.first = nn.Linear(4, 4)
         self.second = nn.Linear(4, 4)
+        self.dropout = nn.Dropout()
         self.register_buffer("count", torch.zeros(()))
         self.function = function
 
@@ -147,6 +149,66 @@ def test_state_lists_what_the_output_depends_on() -> None:
 def test_graph_that_writes_is_rejected(function: Forward, message: str) -> None:
     with pytest.raises(CertificateError, match=message):
         root_of(function)
+
+
+def attends(_: nn.Module, x: Tensor) -> Tensor:
+    rows = x[:, None]
+    return F.scaled_dot_product_attention(rows, rows, rows, dropout_p=0.1)[:, 0]
+
+
+def drops_in_train_mode(network: nn.Module, x: Tensor) -> Tensor:
+    return network.dropout.train()(x)
+
+
+DRAWS: dict[str, tuple[Forward, str]] = {
+    "dropout": (lambda _, x: F.dropout(x, 0.5), "training=self.training"),
+    "attention": (attends, r"dropout_p=0\.0"),
+    "noise": (lambda _, x: x + torch.rand_like(x), "only if self.training"),
+    "a layer in train mode": (drops_in_train_mode, r"call \.train\(\)"),
+}
+
+
+@pytest.mark.parametrize("case", DRAWS)
+def test_random_numbers_name_their_line_and_what_to_write(case: str) -> None:
+    function, remedy = DRAWS[case]
+    line = Function.forward.__code__.co_firstlineno + 1
+    with pytest.raises(CertificateError, match=rf"test_proof\.py:{line} .*{remedy}"):
+        root_of(function)
+
+
+class DropsChannels(nn.Module):
+    """Draws by an operator whose name does not say that it is a dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout2d(x, 0.5)
+
+
+def test_a_dropout_of_channels_is_known_by_its_line() -> None:
+    program = torch.export.export(DropsChannels().eval(), (torch.rand(2, 3, 4, 4),))
+    with pytest.raises(CertificateError, match=r"dropout2d.*training=self\.training"):
+        program_root(program.run_decompositions({}))
+
+
+NORMS: dict[str, tuple[nn.Module, nn.Module, bool]] = {
+    "momentum": (nn.BatchNorm2d(3, momentum=0.01), nn.BatchNorm2d(3), True),
+    "mean of all batches": (nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3), True),
+    "momentum of an instance norm": (
+        nn.InstanceNorm2d(3, momentum=0.01, track_running_stats=True),
+        nn.InstanceNorm2d(3, track_running_stats=True),
+        True,
+    ),
+    "eps": (nn.BatchNorm2d(3, eps=1e-3), nn.BatchNorm2d(3), False),
+}
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_the_momentum_of_a_normalization_has_no_effect_in_eval_mode(case: str) -> None:
+    *norms, is_equal = NORMS[case]
+    roots = []
+    for norm in norms:
+        program = torch.export.export(norm.eval(), (torch.rand(2, 3, 4, 4),))
+        roots.append(program_root(program.run_decompositions({})).sha256)
+    assert (roots[0] == roots[1]) is is_equal
 
 
 def test_tensor_hash_depends_on_content_and_shape_but_not_on_strides() -> None:
