@@ -64,10 +64,11 @@ def _show_unused(inspected: Inspection) -> None:
         print_field("", f"not all of {part}: {tensor}", style="dim")
 
     if inspected.labels is None:
-        names = f"the {inspected.num_classes} class names, one per line,"
-        if inspected.num_classes == 1:  # two names without an option, or a single one with it
-            names = "the name of the class that the logit stands for"
-        print_field("next", f"write {names} to {CLASS_NAMES_FILE}, then", style="dim")
+        count = inspected.num_classes
+        names = f"if its {count} outputs are logits, write the names of their classes, one per line,"
+        if count == 1:  # two names without an option, or a single one with it
+            names = "write the name of the class that the logit stands for"
+        print_field("next", f"{names} to {CLASS_NAMES_FILE}, then", style="dim")
         print_field("", inspected.command, style="dim")
         if inspected.num_classes == 1:
             other = "of label 0 and of label 1, and omit --several-classes"

@@ -23,7 +23,7 @@ from sopdeploy_export.network import attributes_restored, tensors
 from sopdeploy_export.program_hashes import operator_name
 from sopdeploy_export.runs import PlainOutputs, run_as_users_do
 
-SUM_TOLERANCE = 1e-3  # of probabilities
+SUM_TOLERANCE = 1e-3  # of probabilities, and of the length of an embedding
 # Of 36 untrained networks of timm with 2, 3 and 7 classes, 3 have logits within 0 and 1 for all images,
 # and these vary by less than 0.05. Sigmoids of logits that vary by 1 to 2 vary by 0.29 to 0.46.
 MIN_SPREAD = 0.25
@@ -173,6 +173,12 @@ def check_logits(logits: Tensor, *, several_classes: bool = False) -> tuple[str,
             f"return the logits before its softmax{remedy}"
         )
 
+    if _are_embeddings(finite):
+        return (
+            "the network seems to return embeddings (each row has the length 1), not logits; return the logits "
+            "of its classifier",
+        )
+
     kind = _kind_of_values(finite)
     if kind is None:
         return ()
@@ -190,6 +196,12 @@ def _sums_to(total: float, values: Tensor) -> bool:
     """Tell whether no number of *values* (P, C) is negative and each row sums to *total*."""
     is_sum = ((values.sum(dim=1) - total).abs() < SUM_TOLERANCE * total).all()
     return bool((values >= 0).all()) and bool(is_sum)
+
+
+def _are_embeddings(values: Tensor) -> bool:
+    """Tell whether each row of *values* (P, C) has the length 1, as `F.normalize` returns it."""
+    lengths = values.double().norm(dim=1)
+    return values.shape[1] > 1 and bool(((lengths - 1).abs() < SUM_TOLERANCE).all())
 
 
 def _kind_of_values(outputs: Tensor) -> str | None:
@@ -259,8 +271,9 @@ def run_and_check(
         )
     if classes is not None and shape[1] != classes:
         raise ConfigError(
-            f"{amount(classes, 'name')} for {amount(shape[1], 'logit')} of the trained network; give "
-            "one name per logit, in their order",
+            f"{amount(classes, 'name')} for {amount(shape[1], 'output')} of the trained network; give "
+            "one name per logit, in their order; if the outputs are an embedding, return the logits of its "
+            "classifier",
             setting="labels",
         )
     return outputs

@@ -234,7 +234,10 @@ OTHER_VALUES: dict[str, tuple[Tensor, bool, str]] = {
         False,
         r"probabilities .*softmax",
     ),
-    "small logits": (F.normalize(LOGITS), False, ""),
+    "small logits": (0.9 * F.normalize(LOGITS), False, ""),
+    "embeddings": (F.normalize(LOGITS), False, "embeddings"),
+    "embeddings of several classes": (F.normalize(LOGITS), True, "embeddings"),
+    "embeddings but for one image": (torch.cat([F.normalize(LOGITS), LOGITS[:1]]), False, ""),
     "nearly equal logits within 0 and 1": (0.5 + 0.02 * LOGITS, False, ""),
     "different biases within 0 and 1": (
         torch.tensor([0.1, 0.5, 0.9]) + 0.01 * LOGITS,
