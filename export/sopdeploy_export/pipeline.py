@@ -22,6 +22,7 @@ from sopdeploy.models.describe import describe_exported, name_network
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.lower.accuracy import AccuracyCheck
 from sopdeploy_export.lower.order import find_order, warn_of_order
+from sopdeploy_export.lower.to_onnx import warn_of_opset
 from sopdeploy_export.network import attributes_restored
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.bundle import (
@@ -142,6 +143,7 @@ def export_subject(
             *subject.warnings,
             *measured.plain_runs.warnings,
             *warn_of_order(measured.exact.order),
+            *warn_of_opset(file.converted.model),
         ),
         seconds=seconds,
     )

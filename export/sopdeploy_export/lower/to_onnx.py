@@ -1,14 +1,15 @@
 """Convert a program to one ONNX file.
 
 Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports
-it. `OPSET` is the lowest that torch writes and the most widely supported.
+it. `OPSET` is the lowest that torch writes and the most widely supported. A network with an operator that
+it lacks, such as a deformable convolution, is written with `LATER_OPSET`.
 """
 
 import ast
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -38,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 from sopdeploy.base.environment import garbage_kept
 from sopdeploy.base.files import GRAPH_DATA
 from sopdeploy.bundle.onnx_root import next_offset
-from sopdeploy.errors import LoweringError
+from sopdeploy.errors import LoweringError, shorten
 from sopdeploy_export.admit.network import MAX_GRAPH_BYTES
 from sopdeploy_export.capture.deployed import INPUT
 from sopdeploy_export.capture.failures import (
@@ -52,9 +53,7 @@ from sopdeploy_export.lower.forms import decompose
 from sopdeploy_export.program_hashes import module_of
 
 OPSET = 18
-# The lowest that may import the opset: ONNX Runtime 1.17 refuses 10, which onnx writes by
-# default.
-IR_VERSION = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", OPSET)])
+LATER_OPSET = 20  # the last one that ONNX Runtime 1.17 reads
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 LARGEST_CHECKED = (
     4096  # bytes of a constant that can decide a shape, such as a new shape itself
@@ -118,7 +117,10 @@ def lower(
     if size > MAX_GRAPH_BYTES:
         _move_weights(model, folder, size)
 
-    model.ir_version = IR_VERSION
+    # The lowest version that may import the opset: ONNX Runtime 1.17 refuses 10, which onnx writes by
+    # default.
+    opset = onnx.helper.make_opsetid("", model.opset_imports[""])
+    model.ir_version = onnx.helper.find_min_ir_version_for([opset])
     proto: onnx.ModelProto = ir.to_proto(model)
     check_onnx(proto)
     return proto
@@ -272,10 +274,32 @@ def _convert(
     model: ir.Model = _core._exported_program_to_onnx_program(
         decomposed, registry=registry
     ).model
-    convert_version(model, OPSET)  # also inlines functions, and removes what nothing reads
+    is_later = _operators_outside(OPSET, (node.op_type for node in model.graph))
+    # It also inlines functions, and removes what nothing reads.
+    convert_version(model, LATER_OPSET if is_later else OPSET)
     _ir_passes.rename_inputs(model, list(inputs))
     _ir_passes.rename_outputs(model, list(outputs))
     return model
+
+
+def _operators_outside(opset: int, operators: Iterable[str]) -> list[str]:
+    """List the *operators* of the standard domain, each once, that *opset* lacks and `LATER_OPSET` has."""
+    return [
+        name
+        for name in dict.fromkeys(operators)
+        if onnx.defs.has(name, LATER_OPSET) and not onnx.defs.has(name, opset)
+    ]
+
+
+def warn_of_opset(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Return a warning that names the operators for which *model* has `LATER_OPSET`; none if it has `OPSET`."""
+    lacking = _operators_outside(OPSET, (node.op_type for node in model.graph.node))
+    if not lacking:
+        return ()
+    return (
+        f"model.onnx has opset {LATER_OPSET}, because opset {OPSET} has no {shorten(lacking)}; check that your "
+        "runtime reads it",
+    )
 
 
 def _decompose_others(program: ExportedProgram) -> ExportedProgram:
@@ -422,19 +446,19 @@ def without_values(model: onnx.ModelProto) -> onnx.ModelProto:
 def check_onnx(proto: onnx.ModelProto) -> None:
     """Raise `LoweringError` unless *proto* has only what the runtimes have in common.
 
-    It must be valid, use only `OPSET` of the standard domain, and hold none of the operators
+    It must be valid, use only `OPSET` or `LATER_OPSET` of the standard domain, and hold none of the operators
     `REJECTED`, such as control flow and `NonZero`.
     """
     try:
         onnx.checker.check_model(_without_weights(proto), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise LoweringError(f"no ONNX form in opset {OPSET}: {reason}") from error
+        raise LoweringError(f"no ONNX form: {reason}") from error
 
     opsets = {imported.domain: imported.version for imported in proto.opset_import}
-    if opsets != {"": OPSET}:
+    if opsets not in ({"": OPSET}, {"": LATER_OPSET}):
         raise LoweringError(
-            f"the graph needs operator sets {opsets}, but only ONNX opset {OPSET} is allowed"
+            f"the graph needs operator sets {opsets}, but only ONNX opset {OPSET} or {LATER_OPSET} is allowed"
         )
 
     for node in proto.graph.node:

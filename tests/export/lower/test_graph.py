@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +339,17 @@ def test_int8_quantizes_the_network_and_not_its_head(tmp_path: Path) -> None:
         "pooled_head.fc.weight",
         "pooled_head.means",
     }
+
+
+@pytest.mark.parametrize(
+    ("opset", "is_accepted"), [(17, False), (18, True), (19, False), (20, True), (21, False)]
+)
+def test_two_opsets_are_accepted(opset: int, is_accepted: bool) -> None:
+    model = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": {opset}]> g (float[1] x) => (float[1] y) {{ y = Relu(x) }}'
+    )
+    with nullcontext() if is_accepted else pytest.raises(LoweringError, match="operator sets"):
+        check_onnx(model)
 
 
 @pytest.mark.parametrize("domain", ["ai.onnx.ml", "com.example"])

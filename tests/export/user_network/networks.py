@@ -169,18 +169,20 @@ class SecondOrder(nn.Module):
 
 
 class DeformableConvolution(nn.Module):
-    """Its operator has no form in opset 18."""
+    """Its operator has no form in opset 18, but one in opset 20."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_mask: bool = False) -> None:
         super().__init__()
         self.offset, self.conv = (
             nn.Conv2d(3, 18, 3, padding=1),
             DeformConv2d(3, 8, 3, padding=1),
         )
+        self.mask = nn.Conv2d(3, 9, 3, padding=1) if has_mask else None
         self.fc = nn.Linear(8, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.conv(images, self.offset(images)).mean((2, 3)))
+        mask = None if self.mask is None else self.mask(images).sigmoid()
+        return self.fc(self.conv(images, self.offset(images), mask).mean((2, 3)))
 
 
 class Clamp(torch.autograd.Function):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -138,6 +139,24 @@ def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(
     assert network.training, "the user's network is not changed"
     assert set(vars(network)) == attributes
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_operator_that_only_a_later_opset_has_is_written_with_it(
+    precision: str, has_mask: bool, tmp_path: Path
+) -> None:
+    network = n.trained(n.DeformableConvolution(has_mask=has_mask))
+    options = ExportOptions(max_batch=2, precision=precision)
+    exported = n.export_small(network, tmp_path, options=options)
+
+    model = onnx.load(exported.path / "model.onnx")
+    opsets = [(opset.domain, opset.version) for opset in model.opset_import]
+    assert opsets == [("", 20)]
+    assert exported.manifest.opset == 20
+    assert model.ir_version == 9
+    assert any("opset 20" in text and "DeformConv" in text for text in exported.warnings)
+    verify(exported.path)
 
 
 # The builder, the parts that only training uses
@@ -309,10 +328,10 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         {"options": ExportOptions(detach=True, max_batch=1)},
         r"^detach: ",
     ),
-    "an operator without ONNX form": (
-        n.DeformableConvolution,
+    "too few labels for an embedding": (
+        lambda: n.variant(lambda self, x: torch.nn.functional.normalize(self.features(x))),
         {},
-        r"opset 18: .*DeformConv",
+        r"4 names for 8 outputs .*embedding",
     ),
     "an exit for a single image": (
         lambda: n.variant(
