@@ -212,7 +212,7 @@ NO_DRIVER = SimpleNamespace(
     cudaGetDeviceCount=lambda: (type("Status", (int,), {"name": "cudaErrorNoDevice"})(100), 0)
 )
 MISSING: dict[str, tuple[dict[str, Any], str]] = {
-    "no TensorRT": ({"tensorrt": None}, r"sopdeploy\[tensorrt\]"),
+    "no TensorRT": ({"tensorrt": None}, r"\.\[tensorrt\]"),
     "TensorRT 10": ({"tensorrt": SimpleNamespace(__version__="10.16.0")}, "10.16.0"),
     "no cuda-python": ({"tensorrt": TENSORRT, "cuda.bindings.runtime": None}, "cuda-python"),
     "no driver": (

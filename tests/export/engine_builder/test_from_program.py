@@ -208,7 +208,7 @@ def test_what_is_missing_is_one_line(
     branched: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
-    with pytest.raises(RuntimeUnavailableError, match=r"sopdeploy\[torch-tensorrt\]"):
+    with pytest.raises(RuntimeUnavailableError, match=r"\.\[torch-tensorrt\]"):
         build(branched)
 
 

@@ -381,7 +381,7 @@ def test_the_error_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delitem(Image.OPEN, "HEIF")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
 
-    with pytest.raises(DataError, match=r"sopdeploy\[heif\]"):
+    with pytest.raises(DataError, match=r"\.\[heif\]"):
         Photo("photo", body).preprocess(RULES)
     with pytest.raises(ImageError, match="needs pillow-heif") as caught:
         formats.open_image(body)
