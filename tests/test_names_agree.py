@@ -159,7 +159,6 @@ OTHERWISE_NAMED = {
     "FeatureBatch.file_hashes = hashes",
     "_share.images = count",
     "_find_class_names.weights = file",
-    "_varies.values = logits",
     "_waves.columns = size",
     "_waves.rows = size",
     "can_leave_out.total = count",

@@ -11,6 +11,7 @@ import pydantic
 from numpy.typing import NDArray
 from rich.text import Text
 
+from sopdeploy.bundle.decision import have_answers
 from sopdeploy.bundle.http_api import Classes, ClassProbability, Problem
 from sopdeploy.cli.command import as_data, command
 from sopdeploy.cli.console import out, plain_text, print_error, print_json
@@ -88,14 +89,17 @@ def predict_one(
 
     copies = occlude(decoded.pixels, manifest.preprocess) if explain else ()
 
+    logits_name = manifest.outputs[0].name
     # Batches of one, as the image alone would be classified, also for the occluded copies.
     all_logits: list[NDArray[np.float32]] = []  # (C,) of the image, then of its occluded copies
     for pixels in (decoded.pixels, *copies):
         with translating_errors(loaded.runtime):
             outputs = loaded.runtime.run(pixels[None])
-        if not all(np.isfinite(values).all() for values in outputs.values()):
+        has_answer = have_answers(outputs[logits_name]).all()
+        others = [values for key, values in outputs.items() if key != logits_name]
+        if not has_answer or not all(np.isfinite(values).all() for values in others):
             return FilePrediction(image=name, error=describe_error(NONFINITE))
-        all_logits.append(outputs[manifest.outputs[0].name][0])
+        all_logits.append(outputs[logits_name][0])
 
     # The classes of the image, and which cells its first class depends on.
     logits, *occluded = all_logits

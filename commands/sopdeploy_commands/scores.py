@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.base.project import AS_IT_IS, MAX_RECORDED
+from sopdeploy.bundle.decision import have_answers
 from sopdeploy.data.folders.evaluation_images import open_evaluation_images
 from sopdeploy.data.photos.file_checks import describe_seen
 from sopdeploy.data.photos.files import Log
@@ -124,7 +125,7 @@ def outputs_of_images(
             outputs = [loaded.runtime.run(view[None])[name][0] for view in views]
 
         rows.append(np.mean(outputs, axis=0, dtype=np.float32))
-        if not np.isfinite(rows[-1]).all():
+        if not have_answers(rows[-1][None]).all():
             raise DataError(f"{path}: the network's output is not finite; verify the bundle")
         on_image()
     return np.stack(rows)

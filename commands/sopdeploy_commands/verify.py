@@ -211,9 +211,12 @@ def _list_notes(bundle: Bundle, probes: Probes) -> tuple[str, ...]:
     if len(probes.images) < FEW_PROBES:
         notes.append(f"only {len(probes.images)} reference images; an export writes more")
 
-    # A tolerance must be small beside the range of the outputs, or it proves little.
+    # A tolerance must be small beside the range of the outputs, or it proves little. A value that is the same for
+    # all images does not count: it may mask a class.
     for name, tolerance in probes.tolerance.items():
-        spread = float(np.ptp(probes.expected[name]))
+        values = probes.expected[name]
+        varies = (values != values[0]).any(axis=0)
+        spread = float(np.ptp(values[:, varies])) if varies.any() else 0.0
         if tolerance > WIDE * spread:
             wide = f"{100 * WIDE:.0f} % of the range of the reference outputs, {spread:.2g}"
             notes.append(f"{name}: the tolerance {tolerance:.2g} is above {wide}")

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from sopdeploy.base.project import Origin
 from sopdeploy.bundle import publication
 from sopdeploy.bundle.decision import Decision
-from sopdeploy.bundle.manifest import PROOFS, BatchRange, ProofKind, TemperatureScaling
+from sopdeploy.bundle.manifest import LOGITS, PROOFS, BatchRange, ProofKind, TemperatureScaling
 from sopdeploy.bundle.probes import write_probes
 from sopdeploy.bundle.second_order import count_second_order
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.describe import describe_exported, name_network
+from sopdeploy_export.admit.outputs import name_constant_classes
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.lower.accuracy import AccuracyCheck
 from sopdeploy_export.lower.order import find_order, warn_of_order
@@ -44,7 +45,7 @@ from sopdeploy_export.prove.networks import Compared, build_plain
 from sopdeploy_export.prove.plain_run import PlainRuns, measure_plain_run
 from sopdeploy_export.prove.reference import ParityReference, compute_reference
 from sopdeploy_export.prove.removed import list_tensors, prove_removed
-from sopdeploy_export.runs import LARGEST_BATCH, LOGITS, PlainOutputs, run_probes
+from sopdeploy_export.runs import LARGEST_BATCH, PlainOutputs, run_probes
 from sopdeploy_export.subject import Detachment, ExportSubject
 
 MANY_BYTES = 500_000_000  # of weights, which are worth the half second of a collection
@@ -141,6 +142,7 @@ def export_subject(
         manifest=manifest,
         warnings=(
             *subject.warnings,
+            *name_constant_classes(subject.network, plain.outputs[0], subject.labels),
             *measured.plain_runs.warnings,
             *warn_of_order(measured.exact.order),
             *warn_of_opset(file.converted.model),

@@ -26,7 +26,6 @@ from sopdeploy.layers.export_hints import export_hints
 from sopdeploy_export.capture.deployed import INPUT, Deployed
 
 PROVIDER = "CPUExecutionProvider"
-LOGITS = "logits"
 SINGLE_PROBES = 2  # that run alone
 # Of the batches of a file. An odd size, because some graphs work for even ones only.
 LARGEST_BATCH = 5
@@ -38,7 +37,9 @@ Arrays = dict[str, NDArray[Any]]
 BatchRun = Callable[[Tensor], tuple[Tensor, ...]]
 GateRun = Callable[[Tensor], NDArray[Any]]
 GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
-# Rounding errors of float32, relative to the largest output, that sums in another order explain.
+FLOAT32_EPS = float(np.finfo(np.float32).eps)
+# Rounding errors of float32, relative to the range of a logit over the images, that sums in another order
+# explain.
 MOST_ROUNDINGS = 4096
 # Sizes of the batches in a plain run, together the number of the images of an export; larger ones than the
 # largest batch are left out. Two images run alone: one has bars, the other one has extreme pixels. The first

@@ -234,7 +234,7 @@ class Decision(StrictModel):
         threshold: float | None = None,
         occluded: NDArray[np.floating] | None = None,
     ) -> Answer:
-        """Answer for one image with finite *logits* (C,).
+        """Answer for one image with *logits* (C,) that `have_answers`.
 
         Lists at most *top_k* classes, by default all; with "sigmoid", only those whose
         probability reaches *threshold*, by default their own. Ties keep the order of the
@@ -293,6 +293,14 @@ class Decision(StrictModel):
         return rows
 
 
+def have_answers(logits: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Mark the rows (N,) of *logits* (N, C) that have an answer: not NaN, not infinity, not minus infinity alone.
+
+    A class whose logit is minus infinity has probability 0, as networks mask classes.
+    """
+    return np.asarray(np.isfinite(logits.max(axis=1)), dtype=np.bool_)
+
+
 def log_sum_exp(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """Compute the log-sum-exp (...) float64 of *logits* (..., C), without overflow.
 
@@ -315,7 +323,7 @@ def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Compute the probabilities of a decision from finite *logits* (..., C), float64, without overflow."""
+    """Compute the probabilities of *logits* (..., C) that `have_answers`, in float64 and without overflow."""
     exponentials = logits.astype(np.float64)
     exponentials -= exponentials.max(axis=-1, keepdims=True)
     np.exp(exponentials, out=exponentials)

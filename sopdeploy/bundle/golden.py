@@ -23,6 +23,12 @@ from PIL import Image
 from sopdeploy.base.config import StrictModel, Text, version_advice
 from sopdeploy.base.names import MAX_CLASSES
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.logit_ranges import (
+    SMALLEST,
+    LogitRanges,
+    absolute_errors,
+    beyond_rounding,
+)
 from sopdeploy.bundle.manifest import GATES, to_json
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import BundleError, ParityError
@@ -50,7 +56,7 @@ RunOne = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # (H, W, 3) to logi
 
 
 class GoldenExample(StrictModel):
-    """The names of the files of one example, and its logits (C,)."""
+    """The names of the files of one example, and its logits (C,), with `SMALLEST` for minus infinity."""
 
     jpeg: Text
     pixels: Text
@@ -147,7 +153,7 @@ def write_golden(
         (folder / jpeg).write_bytes(body)
         (folder / raw).write_bytes(pixels.tobytes())
 
-        logits = tuple(float(value) for value in run(pixels))
+        logits = tuple(float(value) for value in run(pixels).clip(min=SMALLEST))
         examples.append(GoldenExample(jpeg=jpeg, pixels=raw, logits=logits))
 
     index = GoldenIndex(tolerance=tolerance, examples=tuple(examples))
@@ -211,7 +217,10 @@ def check_golden(
     *preprocess*, they may differ as Pillow and fast_image_resize do on photos, because one of the two
     machines may lack the latter.
     """
-    deviation = float(np.abs(run(example.pixels) - example.logits).max())
+    logits = run(example.pixels).clip(min=SMALLEST)
+    masked_rounding = LogitRanges.of(example.logits[None]).masked_rounding
+    errors = absolute_errors(logits, example.logits)
+    deviation = float(beyond_rounding(errors, masked_rounding, example.tolerance).max())
     if not deviation <= example.tolerance:  # larger, or NaN
         raise ParityError(
             f"{example.name}: a logit deviates by {deviation:.3g}, but the bound is "

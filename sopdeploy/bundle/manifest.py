@@ -26,6 +26,7 @@ from sopdeploy.images.preprocess import Preprocess
 FORMAT_VERSION: Literal[1] = 1
 ID_LENGTH = 12
 CERTIFICATE = "certificate.json"
+LOGITS = "logits"  # (C,): the first output
 GATES = "gates"  # (N,): the weights of the components of a mixture
 # (D,): the vector that the last linear layer receives, for requests that need it; `export
 # --with-features`

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.base.config import StrictModel
 from sopdeploy.bundle.folder import PROBES, Bundle
+from sopdeploy.bundle.logit_ranges import LogitRanges, absolute_errors, beyond_rounding
 from sopdeploy.errors import BundleError, ParityError
 
 ANOTHER_NETWORK = "this runtime does not compute the exported network"
@@ -28,11 +29,23 @@ RunImages = Callable[[NDArray[np.uint8]], Outputs]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probes:
-    """Probe images (P, H, W, 3) uint8, the expected outputs and their absolute tolerances, by name."""
+    """Probe images (P, H, W, 3) uint8, the expected outputs and their absolute tolerances, by name.
+
+    `masked_rounding` (C,) is that of the logits of all probes (`LogitRanges`), also in the probes that `select`
+    returns.
+    """
 
     images: NDArray[np.uint8]
     expected: dict[str, NDArray[np.float32]]
     tolerance: dict[str, float]
+    masked_rounding: NDArray[np.float64] | None = None
+
+    def __post_init__(self) -> None:
+        """Measure `masked_rounding`, unless it is given."""
+        logits = next(iter(self.expected.values()), None)  # the first output
+        if self.masked_rounding is None and logits is not None and logits.ndim == 2:
+            masked_rounding = LogitRanges.of(logits).masked_rounding
+            object.__setattr__(self, "masked_rounding", masked_rounding)
 
     def select(self, indices: "NDArray[np.intp] | slice") -> "Probes":
         """Return the probes with these *indices*."""
@@ -227,17 +240,17 @@ def compare_outputs(probes: Probes, outputs: Outputs, batch: int) -> Replay:
 
     *batch* is the batch size of the replay; its last batch may have fewer probes. The largest
     deviation of each output is not compared with its tolerance here (`check_replays`). Raises
-    `ParityError` if an output is missing, has another shape or is not finite.
+    `ParityError` if an output is missing, has another shape or is not finite, except for logits that
+    are expected to be minus infinity.
     """
     deviations: dict[str, float] = {}
     num_changed = 0
     for name, expected in probes.expected.items():
         values = outputs.get(name)
-        if (
-            values is None
-            or values.shape != expected.shape
-            or not np.isfinite([values, expected]).all()
-        ):
+        errors = None
+        if values is not None and values.shape == expected.shape:
+            errors = absolute_errors(values, expected)
+        if values is None or errors is None or not np.isfinite(errors).all():
             raise ParityError(
                 f"reference outputs: {name!r} is missing, has another shape or is not "
                 f"finite; {ANOTHER_NETWORK}"
@@ -245,8 +258,9 @@ def compare_outputs(probes: Probes, outputs: Outputs, batch: int) -> Replay:
 
         if not deviations:  # the first output has the logits (N, C)
             num_changed = int((values.argmax(axis=1) != expected.argmax(axis=1)).sum())
-        difference = np.abs(values.astype(np.float64) - expected)
-        deviations[name] = float(difference.max(initial=0.0))
+            if probes.masked_rounding is not None:
+                errors = beyond_rounding(errors, probes.masked_rounding, probes.tolerance[name])
+        deviations[name] = float(errors.max(initial=0.0))
 
     return Replay(
         batch=batch,

@@ -126,6 +126,7 @@ async function openNetwork(bundle, manifest) {
 }
 
 const best = (logits) => logits.indexOf(logits.reduce((a, b) => Math.max(a, b)));
+const smallest = -3.4028234663852886e38; // in golden.json, for the logit -Infinity of a masked class
 const distance = (a, b) => a.reduce((most, value, i) => Math.max(most, Math.abs(value - b[i])), 0);
 
 // Compare decoded pixels, logits of the stored pixels and the class of the decoded ones.
@@ -133,7 +134,7 @@ async function reproduces(bundle, rules, example, tolerance, network) {
   const found = preprocess(await decodeJpeg((await read(`${bundle}/${example.jpeg}`)).buffer), rules);
   const stored = await read(`${bundle}/${example.pixels}`);
   const levels = distance(found, stored);
-  const difference = distance(await network(stored), example.logits);
+  const difference = distance((await network(stored)).map((logit) => Math.max(logit, smallest)), example.logits);
   const same = best(await network(found)) === best(Float32Array.from(example.logits));
   const outcome = same ? "same class" : "another class";
   console.log(`${example.jpeg}: pixels within ${levels}, logits within ${difference} of ${tolerance}, ${outcome}`);

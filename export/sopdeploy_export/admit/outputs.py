@@ -1,7 +1,7 @@
 """Checks of what a network returns, and of how its graph ends."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -9,14 +9,16 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from sopdeploy.bundle.logit_ranges import OWN_ROUNDING, LogitRanges
 from sopdeploy.errors import (
     ConfigError,
     LoweringError,
     SopdeployError,
     amount,
     first_line,
+    shorten,
 )
-from sopdeploy_export.capture.deployed import Deployed
+from sopdeploy_export.capture.deployed import EXPORT_TWO_CLASSES, Deployed
 from sopdeploy_export.capture.failures import DEPENDS_ON_VALUES, failing_line
 from sopdeploy_export.capture.program import Trace
 from sopdeploy_export.network import attributes_restored, tensors
@@ -27,9 +29,6 @@ SUM_TOLERANCE = 1e-3  # of probabilities, and of the length of an embedding
 # Of 36 untrained networks of timm with 2, 3 and 7 classes, 3 have logits within 0 and 1 for all images,
 # and these vary by less than 0.05. Sigmoids of logits that vary by 1 to 2 vary by 0.29 to 0.46.
 MIN_SPREAD = 0.25
-EQUAL = (
-    64 * torch.finfo(torch.float32).eps
-)  # of the largest logit: a spread that is rounding alone
 # What torch says of `item` and `if` on several values: code can be written for a single image.
 READS_ONE_VALUE = re.compile(r"converted to Scalar|more than one value is ambiguous")
 # And what it, or a network, says of an image of another size.
@@ -87,8 +86,10 @@ def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:
     *needed* are these tensors by name. An infinite weight is accepted if the logits are finite, as
     in the mask of an attention; NaN and an infinite running statistic never are. With such a
     statistic, a batch norm returns the same values for all images, and the logits can be finite.
+    A class may be minus infinity for all images, as networks mask it, unless all classes are.
     """
-    is_finite = bool(torch.isfinite(logits).all())
+    not_masked = _without_masked(logits)
+    is_finite = bool(torch.isfinite(not_masked).all()) and not_masked.shape[1] > 0
 
     for name, tensor in needed.items():
         is_statistic = name.endswith(("running_mean", "running_var"))
@@ -105,6 +106,38 @@ def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:
             "some of these have one color, so add a small constant "
             "wherever it divides, such as by a norm"
         )
+
+
+def _without_masked(logits: Tensor) -> Tensor:
+    """Return *logits* (P, C) without the classes that are minus infinity for all images."""
+    return logits[:, ~torch.isneginf(logits).all(dim=0)]
+
+
+def is_completed(network: nn.Module, logits: Tensor) -> bool:
+    """Return whether a logit of 0 was put before the single one of *network*, which gives *logits* (P, C)."""
+    return EXPORT_TWO_CLASSES in vars(network) and not bool(logits[:, 0].any())
+
+
+def name_constant_classes(
+    network: nn.Module, logits: Tensor, labels: Sequence[str]
+) -> tuple[str, ...]:
+    """Return a warning that names the *labels* whose logit of *network* is the same in all rows of *logits* (P, C).
+
+    The 0 that a single logit was completed with is not named.
+    """
+    was_completed = is_completed(network, logits)
+    values = logits[0].tolist()
+    is_constant_C = (logits == logits[0]).all(dim=0).tolist()
+    named = [
+        f"{label} ({value:.5g})"
+        for number, (label, value) in enumerate(zip(labels, values, strict=True))
+        if is_constant_C[number] and not (was_completed and number == 0)
+    ]
+    if not named or len(logits) == 1:
+        return ()
+    return (
+        f"the logit of {shorten(named)} is the same for every reference image, as of a masked class: is it meant?",
+    )
 
 
 def check_depends_on_images(
@@ -124,15 +157,21 @@ def check_depends_on_images(
     `check_finite`, which names this tensor.
     """
     kind = ""
-    if not _varies(logits, logits):
+    ranges = LogitRanges.of(logits.numpy())
+    if not (ranges.spread > ranges.rounding).any():
         kind = "logits"
     elif logits.shape[1] > 1 and not several_classes:
-        centered = logits - logits.mean(dim=1, keepdim=True)
-        kind = "" if _varies(centered, logits) else "probabilities"
+        ordinary = logits[:, torch.from_numpy(ranges.is_ordinary)]
+        centered = ordinary - ordinary.mean(dim=1, keepdim=True)
+        spread = (centered.amax(dim=0) - centered.amin(dim=0)).amax()
+        # The means round by more than each logit.
+        kind = "" if spread > OWN_ROUNDING * ordinary.abs().amax() else "probabilities"
     if len(logits) == 1 or not kind:
         return ()
+    not_masked = _without_masked(logits)
     if not all(
-        bool(torch.isfinite(tensor).all()) for tensor in (logits, *tensors(network).values())
+        bool(torch.isfinite(tensor).all())
+        for tensor in (not_masked, *tensors(network).values())
     ):
         return ()
 
@@ -147,12 +186,6 @@ def check_depends_on_images(
     )
 
 
-def _varies(values: Tensor, logits: Tensor) -> bool:
-    """Return whether *values* (P, C) differ between images by more than rounding of the *logits* they are made of."""
-    spread = (values.amax(dim=0) - values.amin(dim=0)).amax()
-    return bool(spread > EQUAL * logits.abs().amax())
-
-
 def check_logits(logits: Tensor, *, several_classes: bool = False) -> tuple[str, ...]:
     """Return a warning if *logits* (P, C) have the values of something else; raise `LoweringError` for probabilities.
 
@@ -161,8 +194,9 @@ def check_logits(logits: Tensor, *, several_classes: bool = False) -> tuple[str,
     Images with logits that are not finite are left out of this.
     """
     # `check_finite` refuses the others, when it is known which tensors the network needs.
-    finite = logits[torch.isfinite(logits).all(dim=1)]
-    if not len(finite):
+    finite = _without_masked(logits)
+    finite = finite[torch.isfinite(finite).all(dim=1)]
+    if not finite.numel():
         return ()
 
     activation = "sigmoid" if several_classes or finite.shape[1] == 1 else "softmax"

@@ -16,6 +16,8 @@ from PIL import Image
 
 from sopdeploy.base.project import AS_IT_IS, Origin
 from sopdeploy.bundle.decision import Decision
+from sopdeploy.bundle.logit_ranges import LogitRanges
+from sopdeploy.bundle.manifest import LOGITS
 from sopdeploy.bundle.onnx_root import NO_WEIGHTS
 from sopdeploy.data.folders.evaluation_images import open_evaluation_images
 from sopdeploy.data.photos.any_images import open_any_images
@@ -26,7 +28,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.deployed import INPUT, evenly_spread
 from sopdeploy_export.lower.precision import Accuracy, PrecisionReport, UserImages
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.runs import LOGITS, open_session
+from sopdeploy_export.runs import open_session
 
 _BATCH = 8
 MAX_CALIBRATION_IMAGES = 340  # of `calibrate`
@@ -193,8 +195,10 @@ def logit_deviation(before: NDArray[np.float32], after: NDArray[np.float32]) -> 
     """Compute the root mean square of *after* - *before*, logits (P, C), in standard deviations of *before*.
 
     The standard deviation is that of the logits of a class over the images, as a root mean square
-    over the classes.
+    over the classes. Classes that a large number masks do not count.
     """
+    is_ordinary_C = LogitRanges.of(before).is_ordinary
+    before, after = before[:, is_ordinary_C], after[:, is_ordinary_C]
     spread = float(np.sqrt(np.square(before - before.mean(axis=0), dtype=np.float64).mean()))
     error = float(np.sqrt(np.square(after - before, dtype=np.float64).mean()))
     return error / max(spread, float(np.finfo(np.float32).tiny))  # not 0, for equal logits

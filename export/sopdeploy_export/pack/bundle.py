@@ -16,7 +16,7 @@ from torch import nn
 from sopdeploy.base.project import utc_now
 from sopdeploy.bundle import publication
 from sopdeploy.bundle.golden import TOLERANCES, write_golden
-from sopdeploy.bundle.manifest import Lineage, Manifest, TensorRecord, to_json
+from sopdeploy.bundle.manifest import LOGITS, Lineage, Manifest, TensorRecord, to_json
 from sopdeploy.bundle.probes import Probes
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
@@ -29,7 +29,7 @@ from sopdeploy_export.pack.model_card import render_model_card
 from sopdeploy_export.pack.results import ExportResults
 from sopdeploy_export.prove.file import ParityReport
 from sopdeploy_export.prove.reference import ParityReference, compared_images
-from sopdeploy_export.runs import LOGITS, GateRun, file_outputs, find_gate, mark_decided
+from sopdeploy_export.runs import GateRun, file_outputs, find_gate, mark_decided
 from sopdeploy_export.subject import ExportSubject
 
 

@@ -25,7 +25,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from sopdeploy.base.config import StrictModel
-from sopdeploy.bundle.manifest import BatchRange, Precision
+from sopdeploy.bundle.logit_ranges import LogitRanges, absolute_errors, beyond_rounding
+from sopdeploy.bundle.manifest import LOGITS, BatchRange, Precision
 from sopdeploy.errors import ParityError, shorten
 from sopdeploy_export.prove.reference import (
     FLOORS,
@@ -37,7 +38,6 @@ from sopdeploy_export.prove.reference import (
 )
 from sopdeploy_export.runs import (
     LARGEST_BATCH,
-    LOGITS,
     PROVIDER,
     SINGLE_PROBES,
     Arrays,
@@ -58,7 +58,8 @@ class OutputParity(StrictModel):
     """The drift of one output, in the units of that output.
 
     `drift` maps each batch size to the maximum absolute difference from the float64 network;
-    `batch_difference` is the maximum change caused by batching.
+    `batch_difference` is the maximum change caused by batching. A logit that a large number masks counts
+    only beyond the rounding of this number (`LogitRanges`).
     """
 
     noise_floor: float
@@ -296,8 +297,10 @@ def _mark_differing(
     for outputs in runs:
         values = outputs[name]
         count = len(values)
-        errors = np.abs(values - exact[-count:]).reshape(count, -1)
-        differs_P[-count:] |= (errors > tolerance).any(axis=1)
+        errors = absolute_errors(values, exact[-count:])
+        if name == LOGITS:
+            errors = beyond_rounding(errors, LogitRanges.of(exact).masked_rounding, tolerance)
+        differs_P[-count:] |= (errors.reshape(count, -1) > tolerance).any(axis=1)
     return differs_P
 
 
@@ -311,10 +314,15 @@ def _compare_output(
     """Measure how far output *name* of the file is from the network, and its batches from each other.
 
     *by_size* has the outputs of the file by batch size: of *main_size* for all P
-    images, of the other sizes for the last ones. Raises the errors of `max_drift`.
+    images, of the other sizes for the last ones. Raises the errors of `file_errors`.
     """
     # For each batch size, the drift from the network, and from the run of all images.
     exact = expected.outputs[name]
+    masked_rounding = np.zeros(exact.shape[1:])
+    if name == LOGITS:
+        masked_rounding = LogitRanges.of(exact).masked_rounding
+    noise_floor = expected.noise_floor[name]
+    tolerance = FLOORS_BY_PRECISION[expected.precision] * noise_floor
     all_of_file = by_size[main_size][name]
     drift = {}
     batch_difference = 0.0
@@ -322,14 +330,20 @@ def _compare_output(
         values = outputs[name]
         count = len(values)
         is_compared = is_compared_P[-count:]
-        drift[str(size)] = max_drift(name, values, exact[-count:], is_compared)
-        difference = max_drift(name, values, all_of_file[-count:], is_compared)
-        batch_difference = max(batch_difference, difference)
+        from_network, from_batch = (
+            beyond_rounding(
+                file_errors(name, values, reference[-count:])[is_compared],
+                masked_rounding,
+                tolerance,
+            ).max(initial=0.0)
+            for reference in (exact, all_of_file)
+        )
+        drift[str(size)] = float(from_network)
+        batch_difference = max(batch_difference, float(from_batch))
 
-    noise_floor = expected.noise_floor[name]
     return OutputParity(
         noise_floor=noise_floor,
-        tolerance=FLOORS_BY_PRECISION[expected.precision] * noise_floor,
+        tolerance=tolerance,
         drift=drift,
         batch_difference=batch_difference,
     )
@@ -364,26 +378,26 @@ def logit_spread(logits: NDArray[Any]) -> float:
 
     For a single image, it is the range over its classes. The tolerance must be below half of the
     spread: a file that returns the middle of each range for every image has an error of half of
-    the largest range.
+    the largest range. Classes that a large number masks do not count.
     """
-    return float(np.ptp(logits, axis=0 if len(logits) > 1 else 1).max())
+    ordinary = logits[:, LogitRanges.of(logits).is_ordinary]
+    return float(np.ptp(ordinary, axis=0 if len(logits) > 1 else 1).max(initial=0.0))
 
 
-def max_drift(
-    name: str, values: NDArray[Any], expected: NDArray[Any], compared: NDArray[np.bool_]
-) -> float:
-    """Compute the maximum absolute difference between *values* and *expected* over the *compared* images (P,).
+def file_errors(name: str, values: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:
+    """Compute the absolute differences between *values* and *expected*, both (P, ...).
 
     *values* are those of the file for output *name*. Raises `ParityError` if the shapes differ or
-    *values* are not finite.
+    *values* are not finite, unless *expected* is minus infinity there, too.
     """
     if values.shape != expected.shape:
         raise ParityError(
             f"the exported file returns {name} of shape {values.shape}, not {expected.shape}"
         )
-    if not np.isfinite(values).all():
+    errors = absolute_errors(values, expected)
+    if not np.isfinite(errors).all():
         raise ParityError(f"the exported file returns {name} that are not finite")
-    return float(np.abs(values.astype(np.float64) - expected)[compared].max(initial=0.0))
+    return errors
 
 
 def _first_violation(report: ParityReport) -> str | None:

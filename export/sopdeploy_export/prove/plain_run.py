@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sopdeploy.bundle.logit_ranges import LogitRanges
 from sopdeploy.errors import CertificateError, SopdeployError, first_line, shorten
 from sopdeploy.models.base import is_in
 from sopdeploy_export.capture.deployed import STATELESS
@@ -31,6 +32,7 @@ from sopdeploy_export.network import modules
 from sopdeploy_export.program_hashes import are_equal
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.runs import (
+    FLOAT32_EPS,
     MOST_ROUNDINGS,
     REPEATED,
     Arrays,
@@ -87,6 +89,10 @@ def measure_plain_run(
     images = torch.from_numpy(np.stack([*plain.images.values()]))
     network = trained.deployed
 
+    # Rounding of each class is measured by its own range over all images, because a large constant logit
+    # would hide a difference of the others.
+    limits = [rounding_limits(plain.outputs[0]), *[None] * (len(plain.outputs) - 1)]
+
     # Batch by batch; the graph itself runs only where the file gives something else.
     batches = divide(images, largest_batch)
     start = 0
@@ -97,11 +103,13 @@ def measure_plain_run(
         file_rows = None
         if of_file is not None:
             file_rows = [torch.from_numpy(output[rows]) for output in of_file.values()]
-        if file_rows is None or find_difference(outputs, file_rows) is not None:
+        if file_rows is None or find_difference(outputs, file_rows, limits) is not None:
             captured = run_plainly(trained.graph, batch)
-            place = find_difference(outputs, [output[: len(outputs[0])] for output in captured])
+            of_images = [output[: len(outputs[0])] for output in captured]
+            place = find_difference(outputs, of_images, limits)
             if place is not None:
-                raise _describe_difference(names[start + place], network, batch, captured)
+                name = names[start + place]
+                raise _describe_difference(name, network, batch, captured, limits)
         start += len(batch)
 
     # An image alone, after all others; then after the capture.
@@ -139,9 +147,16 @@ def _check_equal(
 
 
 def _describe_difference(
-    name: str, network: nn.Module, batch: Tensor, captured: Sequence[Tensor]
+    name: str,
+    network: nn.Module,
+    batch: Tensor,
+    captured: Sequence[Tensor],
+    limits: Sequence[Tensor | None],
 ) -> CertificateError:
-    """Return the error of a plain run of *network* on *batch* whose outputs for image *name* are not *captured*."""
+    """Return the error of a plain run of *network* on *batch* whose outputs for image *name* are not *captured*.
+
+    *limits* are those of `find_difference`.
+    """
     # Runs that differ from each other, as with Python's random numbers, have another cause than the graph.
     first, second = (run_plainly(network, batch) for _ in range(2))
     if not all(map(are_equal, first, second)):
@@ -152,8 +167,8 @@ def _describe_difference(
         slow = run_plainly(network, batch)
     is_fast_path = (
         _has_fast_path(network)
-        and find_difference(slow, captured) is None
-        and find_difference(first, captured) is not None
+        and find_difference(slow, captured, limits) is None
+        and find_difference(first, captured, limits) is not None
     )
     where = "alone" if len(batch) == 1 else f"in a batch of {len(batch)}"
     return CertificateError(
@@ -202,14 +217,35 @@ def run_plainly(run: Any, images: Tensor) -> tuple[Tensor, ...]:
     return outputs
 
 
-def find_difference(plain: Sequence[Tensor], captured: Sequence[Tensor]) -> int | None:
-    """Return the number of the first image for which outputs differ by more than rounding; None if none does."""
-    for output, expected in zip(plain, captured, strict=True):
+def rounding_limits(logits: Tensor) -> Tensor:
+    """Return how far the logits of each class (C,) may differ by rounding; *logits* (P, C) are of a plain run.
+
+    It is `MOST_ROUNDINGS` of the range of the class over the images, but at least `LogitRanges.rounding`.
+    """
+    ranges = LogitRanges.of(logits.numpy())
+    of_range = MOST_ROUNDINGS * FLOAT32_EPS * ranges.spread
+    return torch.from_numpy(np.maximum(of_range, ranges.rounding))
+
+
+def find_difference(
+    plain: Sequence[Tensor],
+    captured: Sequence[Tensor],
+    limits: Sequence[Tensor | None],
+) -> int | None:
+    """Return the number of the first image for which outputs differ by more than rounding; None if none does.
+
+    *limits* say by output how much rounding explains; it is never more than `MOST_ROUNDINGS` of the largest
+    value of *captured*, which is what None stands for.
+    """
+    for output, expected, given in zip(plain, captured, limits, strict=True):
         if output.shape != expected.shape:
             return 0
-        largest = float(expected.nan_to_num(0, 0, 0).abs().max())  # without NaN and infinities
-        limit = MOST_ROUNDINGS * torch.finfo(torch.float32).eps * largest
-        is_close = torch.isclose(output, expected, rtol=0, atol=limit, equal_nan=True)
+        largest = expected.nan_to_num(0, 0, 0).abs().max()  # without NaN and infinities
+        limit = MOST_ROUNDINGS * FLOAT32_EPS * largest.double()
+        if given is not None:
+            limit = torch.minimum(given, limit)
+        is_equal = (output == expected) | (output.isnan() & expected.isnan())
+        is_close = is_equal | ((output.double() - expected.double()).abs() <= limit)
         differing = (~is_close).flatten(1).any(1).nonzero()
         if len(differing):
             return int(differing[0])

@@ -24,11 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sopdeploy.base.config import StrictModel
-from sopdeploy.bundle.manifest import Precision
+from sopdeploy.bundle.logit_ranges import LogitRanges, absolute_errors, largest_values
+from sopdeploy.bundle.manifest import LOGITS, Precision
 from sopdeploy.errors import ParityError
 from sopdeploy_export.capture.deployed import Deployed, output_names
 from sopdeploy_export.network import attributes_restored, tensors_converted
 from sopdeploy_export.runs import (
+    FLOAT32_EPS,
     MOST_ROUNDINGS,
     Arrays,
     GateRun,
@@ -45,7 +47,6 @@ from sopdeploy_export.runs import (
 BATCH_IN_FLOAT64 = 6  # attention in float64 takes 0.1 GB per image of 518 pixels
 UNDECIDED = "train longer"
 # Four float32 rounding errors, relative to the value.
-FLOAT32_EPS = float(np.finfo(np.float32).eps)
 FOUR_ROUNDINGS = 4 * FLOAT32_EPS
 # Errors of a float32 run, relative to the effect of weights that are changed by one rounding: a run
 # also rounds each result, and adds many.
@@ -137,8 +138,8 @@ def compute_reference(
     *rounded* are the outputs (P, ...) in *precision*, and *gate* computes the gate logits in *precision*;
     by default, both are of *deployed* itself. The noise floor of an output is the largest error
     of *rounded* on the images that are compared (`compare_routes`), or four roundings of the largest
-    value of all images to float32 if these are more. Raises
-    `ParityError` if outputs are not finite or the route of no image can be compared.
+    value of all images to float32 if these are more; `_measure_floor` leaves out classes that a large
+    number masks. Raises `ParityError` if outputs are not finite or the route of no image can be compared.
     """
     names = output_names(deployed.network)
     pixels = torch.from_numpy(images)
@@ -172,9 +173,8 @@ def compute_reference(
     for name, output in zip(names, rounded, strict=True):
         values = output.numpy()
         _require_finite(name, exact[name], values, precision)
-        errors = np.abs(values - exact[name])[is_compared_P]
-        smallest = FOUR_ROUNDINGS * float(np.abs(exact[name]).max())
-        noise_floor[name] = max(smallest, float(errors.max()))
+        errors = absolute_errors(values, exact[name])[is_compared_P]
+        noise_floor[name] = _measure_floor(name, exact[name], errors, precision)
 
     reference = ParityReference(
         outputs=exact,
@@ -189,19 +189,60 @@ def compute_reference(
     return reference
 
 
+def _measure_floor(
+    name: str, exact: NDArray[Any], errors: NDArray[np.float64], precision: Precision
+) -> float:
+    """Measure the noise floor of output *name*, *exact* (P, ...) in float64, with *errors* of the compared images.
+
+    A class that a large number masks has larger errors. Up to four roundings of its own logits they do not
+    count, because they would hide errors of the other classes. Raises `ParityError` if they are larger in a
+    reduced precision, and larger than those of the other classes.
+    """
+    largest = largest_values(exact)
+    largest_errors = errors.max(axis=0)
+    if name != LOGITS:
+        return max(FOUR_ROUNDINGS * float(largest.max()), float(largest_errors.max()))
+
+    # The classes that count.
+    is_ordinary_C = LogitRanges.of(exact).is_ordinary
+    is_explained_C = largest_errors <= FOUR_ROUNDINGS * largest
+    floor = max(
+        FOUR_ROUNDINGS * float(largest[is_ordinary_C].max(initial=0.0)),
+        float(largest_errors[is_ordinary_C].max(initial=0.0)),
+    )
+    others = np.where(is_ordinary_C | is_explained_C, 0.0, largest_errors)
+    masked = int(others.argmax())
+    if precision != "fp32" and others[masked] > floor:
+        raise ParityError(
+            f"{precision} rounds logit {masked}, which is up to {largest[masked]:.4g}, by {others[masked]:.2g}, and "
+            f"the logits of the predicted classes by at most {floor:.2g}; mask classes by -inf or -10000, or choose "
+            "precision fp32"
+        )
+    return max(floor, float(others[masked]))
+
+
 def _find_unstable(
     deployed: Deployed, reference: ParityReference, images: NDArray[np.uint8]
 ) -> str | None:
     """Find an output whose noise floor in float32 is not rounding.
 
-    The floor is thousands of roundings, and one rounding of the weights changes the output much less.
+    The floor is thousands of roundings, and one rounding of the weights changes the output much less. Of the
+    logits, these are roundings of their range over the images, or `LogitRanges.rounding`, without masked classes.
     """
     exact = reference.outputs
-    large = [
-        name
-        for name, floor in reference.noise_floor.items()
-        if floor > MOST_ROUNDINGS * FLOAT32_EPS * float(np.abs(exact[name]).max())
-    ]
+    ranges = LogitRanges.of(exact[LOGITS])
+    counts_C = ranges.is_ordinary
+
+    # What rounding explains.
+    limits = {
+        name: MOST_ROUNDINGS * FLOAT32_EPS * float(largest_values(values).max())
+        for name, values in exact.items()
+    }
+    limits[LOGITS] = max(
+        MOST_ROUNDINGS * FLOAT32_EPS * float(ranges.spread[counts_C].max(initial=0.0)),
+        float(ranges.rounding[counts_C].max(initial=0.0)),
+    )
+    large = [name for name, floor in reference.noise_floor.items() if floor > limits[name]]
     if not large:
         return None
 
@@ -209,7 +250,10 @@ def _find_unstable(
         changed = _run_reversed(deployed, output_names(deployed.network), images)
     is_compared_P = compared_images(reference.routing, len(images))
     for name in large:
-        enlarged = float(np.abs(changed[name] - exact[name])[is_compared_P].max())
+        errors = absolute_errors(changed[name], exact[name])[is_compared_P]
+        if name == LOGITS:
+            errors = errors[:, counts_C]
+        enlarged = float(errors.max(initial=0.0))
         if reference.noise_floor[name] > MOST_ENLARGED * enlarged:
             return name
     return None
@@ -263,7 +307,14 @@ def _changed_by_rounding(tensor: Tensor) -> Tensor:
 def _require_finite(
     name: str, exact: NDArray[Any], rounded: NDArray[Any], precision: Precision
 ) -> None:
-    """Raise `ParityError` unless output *name* is finite: *exact* in float64, *rounded* in *precision*."""
+    """Raise `ParityError` unless output *name* is finite: *exact* in float64, *rounded* in *precision*.
+
+    Logits of a class that are minus infinity for all images, in both, are accepted.
+    """
+    if name == LOGITS:
+        is_masked_C = np.isneginf(exact).all(axis=0)
+        exact, rounded = exact[:, ~is_masked_C], rounded[:, ~is_masked_C]
+
     if not np.isfinite(exact).all():
         raise ParityError(
             f"the network's own {name} are not finite on the reference images; train it again"

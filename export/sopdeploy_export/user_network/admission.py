@@ -29,12 +29,12 @@ from sopdeploy_export.admit.outputs import (
     check_ends_in_no_sigmoid,
     check_finite,
     check_logits,
+    is_completed,
     run_and_check,
     run_first,
 )
 from sopdeploy_export.admit.parts import match_parts
 from sopdeploy_export.capture.deployed import (
-    EXPORT_TWO_CLASSES,
     Deployed,
     export_images,
     generated_images,
@@ -141,7 +141,7 @@ def admit(
         parts=parts,
         num_classes=logits.shape[1],
         num_bytes=num_bytes,
-        is_completed=_is_completed(network, logits),
+        is_completed=is_completed(network, logits),
         removable=removable,
         shared_rests=find_shared_rests(trained, removable),
         warnings=(*size_warnings, *gray_warnings, *warnings),
@@ -219,7 +219,7 @@ def _check_values(
             remedies={"several_classes": True},
         )
 
-    own_logits = logits[:, 1:] if _is_completed(network, logits) else logits
+    own_logits = logits[:, 1:] if is_completed(network, logits) else logits
     return (
         *check_depends_on_images(
             network,
@@ -230,11 +230,6 @@ def _check_values(
         ),
         *check_logits(own_logits, several_classes=several_classes),
     )
-
-
-def _is_completed(network: nn.Module, logits: Tensor) -> bool:
-    """Return whether a logit of 0 was put before the single one of *network*, which gives *logits* (P, C)."""
-    return EXPORT_TWO_CLASSES in vars(network) and not bool(logits[:, 0].any())
 
 
 def _check_graph(trained: Compared, parts: tuple[str, ...], logits: Tensor) -> None:

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.base.environment import WORKER_THREAD
-from sopdeploy.bundle.manifest import EMBEDDING
+from sopdeploy.bundle.decision import have_answers
+from sopdeploy.bundle.manifest import EMBEDDING, LOGITS
 from sopdeploy.bundle.probes import Outputs
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
@@ -376,14 +377,18 @@ def run_bisected(
 def _split_rows(
     outputs: Outputs, names: Sequence[str], num_images: int
 ) -> list[OutputsOrError]:
-    """Split the *outputs* of a batch into rows with *names*; reject a row if one of them is not finite."""
+    """Split the *outputs* of a batch into rows with *names*; reject a row if one of them is not finite.
+
+    Logits may be minus infinity, as `have_answers` says.
+    """
     finite = np.ones(num_images, dtype=bool)
 
     for name in names:
         values = outputs[name]
         if len(values) != num_images:
             raise ValueError(f"output {name!r} has {len(values)} rows for {num_images} images")
-        finite &= np.isfinite(values.reshape(num_images, -1)).all(axis=1)
+        rows = values.reshape(num_images, -1)
+        finite &= have_answers(rows) if name == LOGITS else np.isfinite(rows).all(axis=1)
 
     return [
         {name: outputs[name][row] for name in names} if finite[row] else results.NONFINITE

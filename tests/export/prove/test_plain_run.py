@@ -25,7 +25,12 @@ from sopdeploy_export.network import attributes_restored
 from sopdeploy_export.prove import plain_run
 from sopdeploy_export.prove.certificate import STATEMENTS, Checks
 from sopdeploy_export.prove.networks import Compared
-from sopdeploy_export.prove.plain_run import find_difference, measure_plain_run, run_plainly
+from sopdeploy_export.prove.plain_run import (
+    find_difference,
+    measure_plain_run,
+    rounding_limits,
+    run_plainly,
+)
 from sopdeploy_export.prove.removed import prove_removed
 from sopdeploy_export.runs import SIZES, PlainOutputs, divide, run_as_users_do
 from tests.export.user_network.networks import export_small, trained, variant
@@ -399,8 +404,9 @@ def test_a_difference_beside_an_extreme_output_is_found(extreme: float) -> None:
         torch.tensor([[1.0, extreme], [1, 2]]),
         torch.tensor([[1.0, extreme], [1, 3]]),
     )
-    assert find_difference([plain], [captured]) == 1
-    assert find_difference([plain], [plain]) is None
+    for limits in ([None], [rounding_limits(plain)]):
+        assert find_difference([plain], [captured], limits) == 1
+        assert find_difference([plain], [plain], limits) is None
 
 
 @pytest.mark.slow

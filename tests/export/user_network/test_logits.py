@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from typer.testing import CliRunner
 
 from sopdeploy.base.files import GRAPH
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.errors import LoweringError, SopdeployError
+from sopdeploy.errors import CertificateError, LoweringError, SopdeployError
 from sopdeploy_commands.app import app
+from sopdeploy_commands.predict import predict
+from sopdeploy_commands.verify import verify
 from sopdeploy_export.admit.outputs import check_logits
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.user_network.admission import unused_modules
 from tests.export.user_network.networks import PREPROCESS, SIDE, Small, export_small, trained
+from tests.support.slow import mostly_slow
 
 MODULE = "tests.export.user_network.test_logits"
 QUICK = ExportOptions(max_batch=4)
@@ -200,6 +204,87 @@ def test_no_option_is_named_where_nothing_is_exported() -> None:
     network = trained(Returns(EQUAL["a bias alone"]))
     with pytest.raises(LoweringError, match=r"reaches them$"):
         unused_modules(network, PREPROCESS)
+
+
+def masked(value: float) -> Callable[[Tensor], Tensor]:
+    """Return a function that masks the last class by *value*."""
+    return lambda x: torch.cat([x[:, :3], torch.full_like(x[:, 3:], value)], 1)
+
+
+def added(value: float) -> Callable[[Tensor], Tensor]:
+    """Return a function that adds *value* to the logit of the last class."""
+    return lambda x: x + torch.tensor([0.0, 0.0, 0.0, value])
+
+
+# How the last class is masked, and whether its logit is the same for all images.
+MASKS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "-1e3": (masked(-1e3), True),
+    "-1e9": (masked(-1e9), True),
+    "the smallest number": (masked(torch.finfo(torch.float32).min), True),
+    "minus infinity": (masked(-torch.inf), True),
+    "-1e3 is added": (added(-1e3), False),
+    "-1e12 is added": (added(-1e12), True),
+    "a large number that varies": (
+        lambda x: torch.cat([x[:, :3], -1e6 * (1 + 0.1 * x[:, 3:].sigmoid())], 1),
+        False,
+    ),
+    "all logits are large": (lambda x: x + 1000, False),
+}
+
+
+@pytest.mark.parametrize(
+    "case", mostly_slow(MASKS, "-1e9", "minus infinity", "a large number that varies")
+)
+def test_a_class_that_is_masked_is_exported_and_named_if_it_never_changes(
+    case: str, tmp_path: Path
+) -> None:
+    end, never_changes = MASKS[case]
+    exported = export_small(trained(Returns(end)), tmp_path, options=QUICK)
+
+    assert exported.parity.passed
+    assert exported.parity.logits.tolerance < 0.01 * exported.parity.spread
+    named = [warning for warning in exported.warnings if "the logit of d" in warning]
+    assert bool(named) is never_changes
+    assert verify(exported.path).golden
+    (prediction,) = predict(exported.path, np.zeros((SIDE, SIDE, 3), np.uint8))
+    probabilities = {each.label: each.probability for each in prediction.classes}
+    assert (probabilities["d"] == 0) is (case != "all logits are large")
+
+
+class DiffersRarely(Returns):
+    """Adds 0.4 to the logit of the first class for images of single pixels, which no graph shows."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.fc(self.features(images))
+        with suppress(Exception):  # in the capture, which has no values
+            contrast = (images - F.avg_pool2d(images, 3, 1, 1)).abs().mean((1, 2, 3))
+            if contrast.max().item() > 1.2:
+                logits = logits + torch.tensor([0.4, 0.0, 0.0, 0.0])
+        return self.end(logits)
+
+
+@pytest.mark.parametrize(
+    "case", mostly_slow(MASKS, "-1e3", "-1e9", "minus infinity", "all logits are large")
+)
+def test_a_mask_hides_no_difference_of_the_other_classes(case: str, tmp_path: Path) -> None:
+    end, _ = MASKS[case]
+    with pytest.raises(CertificateError, match="gives other outputs than its graph"):
+        export_small(trained(DiffersRarely(end)), tmp_path, options=QUICK)
+
+
+BROKEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "infinity for a class": masked(torch.inf),
+    "NaN for a class": masked(torch.nan),
+    "minus infinity for all classes": lambda x: x - torch.inf,
+    "minus infinity for some images": lambda x: x.where(x < x.mean(), -torch.inf),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_other_logits_that_are_not_finite_are_refused(case: str, tmp_path: Path) -> None:
+    with pytest.raises(SopdeployError):
+        export_small(trained(Returns(BROKEN[case])), tmp_path, options=QUICK)
+    assert not list(tmp_path.iterdir())
 
 
 LOGITS = torch.tensor([[3.0, -1.0, 0.5], [-2.0, 0.25, 5.0], [1.0, 7.0, -6.0]])

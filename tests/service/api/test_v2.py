@@ -487,3 +487,14 @@ def test_json_has_its_own_size_limit(serve_with, onnx_runtime, monkeypatch):
     assert (
         post(client, text + bytes(3072), **{LENGTH_HEADER: str(len(text))}).status_code == 200
     )
+
+
+def test_json_has_the_smallest_number_for_the_logit_of_a_masked_class():
+    values = {"logits": np.array([[1.5, -np.inf]], np.float32)}
+    text, _ = routes.format_response({}, values, {"logits": False})
+    data = np.array(orjson.loads(text)["outputs"][0]["data"], np.float32)
+    assert data.tolist() == [1.5, float(np.finfo(np.float32).min)]
+
+    body, headers = routes.format_response({}, values, {"logits": True})
+    binary = body[int(headers[routes.HEADER_LENGTH]) :]
+    np.testing.assert_equal(np.frombuffer(binary, "<f4"), values["logits"][0])

@@ -371,3 +371,26 @@ def test_an_image_keeps_its_pixels_until_its_batch_ended(serve_with, pool):
     wait_for(lambda: count(client, "queue_depth") == 6)
     runtime.gate.set()
     assert [future.result(60) for future in (first, *others)] == expected
+
+
+# Logits and the embedding of an image, and whether it gets an answer
+OUTPUTS = {
+    "finite": ([1.0, 2.0], [0.5], True),
+    "a masked class": ([1.0, -np.inf], [0.5], True),
+    "masked classes alone": ([-np.inf, -np.inf], [0.5], False),
+    "NaN": ([1.0, np.nan], [0.5], False),
+    "infinity": ([1.0, np.inf], [0.5], False),
+    "an infinite embedding": ([1.0, 2.0], [-np.inf], False),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_an_image_is_answered_if_a_logit_is_finite_and_the_others_mask_classes(case):
+    logits, embedding, is_answered = OUTPUTS[case]
+    outputs = {
+        "logits": np.array([[1.0, 2.0], logits], np.float32),
+        "embedding": np.array([[0.5], embedding], np.float32),
+    }
+    first, second = run_bisected(lambda _: outputs, [None, None], ["logits", "embedding"])
+    assert not isinstance(first, HttpError)
+    assert isinstance(second, HttpError) is not is_answered

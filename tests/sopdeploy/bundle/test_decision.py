@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import sopdeploy
-from sopdeploy.bundle.decision import Calibration, Decision, Rejection, log_sum_exp
+from sopdeploy.bundle.decision import (
+    Calibration,
+    Decision,
+    Rejection,
+    have_answers,
+    log_sum_exp,
+)
 from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.decision_fit import (
     describe_weakness,
@@ -463,3 +470,33 @@ def test_the_key_is_written_only_if_the_decision_divides() -> None:
     with pytest.raises(ValueError, match="divides_logits"):
         Decision(divides_logits=True)
     assert "divides_logits" not in Decision().for_trained_logits().model_dump()
+
+
+ROWS: dict[str, tuple[list[float], bool]] = {
+    "logits": ([1.0, 2.0, -3.0], True),
+    "a masked class": ([1.0, -np.inf, -3.0], True),
+    "one class that is not masked": ([-np.inf, -np.inf, 2.0], True),
+    "masked classes alone": ([-np.inf] * 3, False),
+    "infinity": ([1.0, np.inf, 0.0], False),
+    "NaN": ([1.0, np.nan, 0.0], False),
+    "NaN beside a masked class": ([-np.inf, np.nan, 0.0], False),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_a_class_whose_logit_is_minus_infinity_has_probability_zero(
+    case: str, activation: Any
+) -> None:
+    values, has_answer = ROWS[case]
+    logits = np.array(values, np.float32)
+    assert have_answers(logits[None]).tolist() == [has_answer]
+    if not has_answer:
+        return
+
+    thresholds = (0.0,) * 3 if activation == "sigmoid" else None
+    decision = Decision(activation=activation, thresholds=thresholds)
+    probabilities = dict(decision.answer(logits).ranked)
+    masked = np.flatnonzero(np.isneginf(logits)).tolist()
+    assert [probabilities[number] for number in masked] == [0.0] * len(masked)
+    assert np.isfinite([*probabilities.values()]).all()

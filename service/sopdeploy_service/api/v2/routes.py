@@ -11,6 +11,7 @@ import pydantic
 from fastapi import APIRouter, Header, HTTPException, Request, Response
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.logit_ranges import SMALLEST
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.api.admission import (
     MAX_JSON_BYTES,
@@ -226,7 +227,8 @@ def format_response(
             binary_parts.append(array.tobytes())
             description["parameters"] = {"binary_data_size": array.nbytes}
         else:
-            description["data"] = array.reshape(-1)
+            # JSON has no infinity, which is the logit of a masked class.
+            description["data"] = array.reshape(-1).clip(min=SMALLEST)
         outputs.append(description)
 
     text = orjson.dumps({**head, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
