@@ -21,6 +21,7 @@ from sopdeploy_service.http.middleware import (
     OriginGuard,
     RequestContextMiddleware,
 )
+from sopdeploy_service.http.query_route import DirectRoutes
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Registry
@@ -111,7 +112,9 @@ def create_app(
         app.include_router(router)
     problems.handle_errors(app, PATHS)
 
+    # The last one added is the outermost.
     guards = _list_guards(settings, keys)
+    app.add_middleware(DirectRoutes, routes=v1.router.routes)
     app.add_middleware(RequestContextMiddleware, service=service, guards=guards)
     if settings.allowed_origins:
         app.add_middleware(AllowedOrigins, origins=settings.allowed_origins)

@@ -116,6 +116,8 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
             logits = prediction.outputs[model.logits_name]
 
             answer = model.decision.answer(logits, top_k, query.threshold, prediction.occluded)
+            if query.reported is None:  # a reported image was sent, and counted, before
+                admitted.service.count_answer(model, answer)
             named = Classes.of(answer, model.labels, prediction.warnings)
             return named.model_dump(exclude_none=True)
 

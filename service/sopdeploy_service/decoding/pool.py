@@ -290,8 +290,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
         sizes = (len(request.rules), len(request.image))
         header = child.REQUEST.pack(self._number, *sizes, request.seconds)
 
-        transport.write(header + request.rules)
-        transport.write(request.image)
+        # At once, so that the child wakes only once.
+        transport.writelines([header, request.rules, request.image])
         self._timer = self._loop.call_later(self._seconds, self._end_child, TIME)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import generate_latest
 
+from sopdeploy.bundle.decision import Answer
 from sopdeploy.errors import ImageError
 from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy_service.inference import results
@@ -41,11 +42,10 @@ Images: TypeAlias = Sequence[bytes] | NDArray[np.uint8]
 
 
 class Traffic(NamedTuple):
-    """Marks images of clients, which may be kept, and whose predictions are counted.
+    """Marks images of clients, which may be kept.
 
     *reported* is the class that a person suggests after a wrong answer, or "" without a
-    suggestion; None if no answer is reported. A reported image was sent before, so it does not
-    count again.
+    suggestion; None if no answer is reported.
     """
 
     reported: str | None = None
@@ -248,7 +248,7 @@ class Service:
 
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`,
         *client* the key or address that shares the decoders for large images; *features*
-        requests the embedding. Only with *traffic*, images may be kept and predictions are counted.
+        requests the embedding. Only with *traffic*, images may be kept.
         Cancelling the call removes its images from the queue; call `check_queue` before.
         Raises `RejectedError` if all images miss the deadline or find too many others waiting
         for a decoder.
@@ -279,23 +279,16 @@ class Service:
         if unanswered and len(unanswered) == len(outcomes):
             raise RejectedError(unanswered[0])
 
-        if traffic is None:
-            return outcomes
-
-        # Predictions are counted, and images that clients have sent encoded may be kept.
-        for image, outcome in zip(images, outcomes, strict=True):
-            if not isinstance(outcome, Prediction):
-                continue
-            if traffic.reported is None:
-                self._count_prediction(model, outcome)
-            if self.keep is not None and isinstance(image, bytes):
-                self.keep(model, image, outcome, traffic.reported)
+        # Images that clients have sent encoded may be kept.
+        if traffic is not None and self.keep is not None:
+            for image, outcome in zip(images, outcomes, strict=True):
+                if isinstance(outcome, Prediction) and isinstance(image, bytes):
+                    self.keep(model, image, outcome, traffic.reported)
         return outcomes
 
-    def _count_prediction(self, model: Model, prediction: Prediction) -> None:
-        """Count what *model* predicts; a network with several classes per image has no most probable one."""
+    def count_answer(self, model: Model, answer: Answer) -> None:
+        """Count the *answer* of *model*; with several classes per image, none is the most probable one."""
         if not model.decision.is_multi_label:
-            answer = model.decision.answer(prediction.outputs[model.logits_name], top_k=1)
             self.metrics.count_prediction(model.name, model.labels, answer)
 
     async def _predict(

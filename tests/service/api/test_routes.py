@@ -278,3 +278,27 @@ def test_the_content_security_policy_allows_exactly_the_inline_scripts(client, p
         assert f"'sha256-{digest}'" in policy
     assert not re.search(r"\son\w+=|\sstyle=|javascript:|(src|href)=\"(https?:)?//", reply.text)
     assert reply.text == page.html.replace("{formats}", describe_formats(last_word="or"))
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [("image", 200), ("empty", 400), ("text", 415), ("form", 422)]
+)
+def test_a_request_without_a_query_is_answered_as_one_with_a_query(client, jpeg, body, status):
+    form = b'--XX\r\nContent-Disposition: form-data; name="top_k"\r\n\r\nmany\r\n--XX\r\n'
+    image = b'Content-Disposition: form-data; name="image"\r\n\r\n%b\r\n--XX--\r\n' % jpeg
+    content = {"image": jpeg, "empty": b"", "text": b"no image", "form": form + image}[body]
+    kind = "multipart/form-data; boundary=XX" if body == "form" else "image/jpeg"
+    headers = {"Content-Type": kind, "X-Request-ID": "abc-1"}
+
+    def count_requests():
+        page = client.get("/metrics").text
+        name = rf'sopdeploy_requests_total{{.*code="{status}".*route="/v1/classify".*}} (\S+)'
+        return sum(float(count) for count in re.findall(name, page))
+
+    before = count_requests()
+    direct = client.post("/v1/classify", content=content, headers=headers)
+    routed = client.post("/v1/classify?utm_source=mail", content=content, headers=headers)
+    assert direct.status_code == routed.status_code == status
+    assert direct.json() == routed.json()
+    assert set(direct.headers) == set(routed.headers)
+    assert count_requests() == before + 2

@@ -19,6 +19,7 @@ from sopdeploy.bundle.decision import (
     Rejection,
     have_answers,
     log_sum_exp,
+    most_probable,
 )
 from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.decision_fit import (
@@ -500,3 +501,24 @@ def test_a_class_whose_logit_is_minus_infinity_has_probability_zero(
     masked = np.flatnonzero(np.isneginf(logits)).tolist()
     assert [probabilities[number] for number in masked] == [0.0] * len(masked)
     assert np.isfinite([*probabilities.values()]).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (None, [1, 3, 0, 4, 2]),
+        (0, []),
+        (1, [1]),
+        (2, [1, 3]),
+        (3, [1, 3, 0]),  # 0 and 4 are equal: the first class comes first
+        (4, [1, 3, 0, 4]),
+        (5, [1, 3, 0, 4, 2]),
+        (6, [1, 3, 0, 4, 2]),
+    ],
+)
+def test_the_most_probable_classes_come_first_and_ties_in_their_order(
+    count: int | None, expected: list[int]
+) -> None:
+    logits = np.array([1.0, 3.0, -2.0, 3.0, 1.0], np.float32)
+    assert most_probable(logits, count) == expected
+    assert [index for index, _ in Decision().answer(logits, count).ranked] == expected

@@ -175,6 +175,10 @@ async def model_infer(
         outcomes = await admitted.infer(
             parsed.images, features=EMBEDDING in parsed.is_binary, traffic=Traffic()
         )
+        for outcome in outcomes:
+            if isinstance(outcome, Prediction):
+                answer = model.decision.answer(outcome.outputs[model.logits_name], top_k=1)
+                admitted.service.count_answer(model, answer)
 
         # Respond with the outputs that the request has chosen.
         head = {"model_name": model.name, "model_version": model.version}
