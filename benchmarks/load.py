@@ -137,7 +137,16 @@ def requests(url: str, folder: Path, form: bool, header: str = "") -> list[bytes
 class Run:
     """Puts load on one server for one measurement."""
 
-    def __init__(self, url: str, bodies: list[bytes], connections: int, seconds: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        bodies: list[bytes],
+        connections: int,
+        seconds: float,
+        *,
+        reconnects: bool = False,
+    ) -> None:
+        """Send *bodies* in turns; with *reconnects*, each over a connection of its own."""
         parts = urlsplit(url)
         if not ipaddress.ip_address(str(parts.hostname)).is_loopback:
             raise SystemExit(f"{url}: must be a loopback address")
@@ -145,6 +154,7 @@ class Run:
         self._bodies: Iterator[bytes] = itertools.cycle(bodies)
         self._connections = connections
         self._seconds = seconds
+        self._reconnects = reconnects
         self._latencies: list[float] = []
         self._codes: Counter[str] = Counter()
         self._all_answered = 0
@@ -177,7 +187,8 @@ class Run:
             except (ConnectionError, asyncio.IncompleteReadError):
                 code = "closed"
             self._record(code, sent, start, end)
-            if code != "200" and writer is not None:  # the server may close the connection
+            # After an error, the server may close the connection.
+            if (self._reconnects or code != "200") and writer is not None:
                 writer.close()
                 writer = None
         if writer is not None:
@@ -214,9 +225,16 @@ def main() -> None:
     parser.add_argument("--header", default="", help="a further line of every request")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=6)
+    parser.add_argument("--reconnect", action="store_true", help="for each request")
     arguments = parser.parse_args()
     bodies = requests(arguments.url, arguments.folder, arguments.form, arguments.header)
-    run = Run(arguments.url, bodies, arguments.connections, arguments.seconds)
+    run = Run(
+        arguments.url,
+        bodies,
+        arguments.connections,
+        arguments.seconds,
+        reconnects=arguments.reconnect,
+    )
     print(json.dumps(asdict(asyncio.run(run.measure()))))
 
 

@@ -82,14 +82,14 @@ class Running(NamedTuple):
     port: int
     process: int
 
-    def drive(self, connections: int, folder: Path, seconds: float) -> Driven:
-        """Put load on the server and measure it."""
+    def drive(self, connections: int, folder: Path, seconds: float, *others: object) -> Driven:
+        """Put load on the server, with *others* as further options of `load.py`, and measure it."""
         url, form = (
             f"http://127.0.0.1:{self.port}{self.peer.path}",
             ["--form"] if self.peer.form else [],
         )
         before = cpu_seconds(self.process)
-        options = ("--connections", connections, "--header", self.peer.header, *form)
+        options = ("--connections", connections, "--header", self.peer.header, *form, *others)
         load = put_load(url, folder, seconds, *options)
         spent = cpu_seconds(self.process) - before
         return Driven(load, 1000 * spent / max(load.all_answered, 1))
@@ -116,11 +116,15 @@ def running_ours(case: Case, checkout: Path, *options: str) -> Iterator[Running]
 
 @contextmanager
 def running_peer(
-    case: Case, name: str, python: str, arguments: argparse.Namespace
+    case: Case,
+    name: str,
+    python: str,
+    arguments: argparse.Namespace,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[Running]:
-    """Run the server *name* of `PEERS`."""
+    """Run the server *name* of `PEERS`, with further environment *variables*."""
     peer, port = PEERS[name], free_port()
-    environment = peer_environment(case, arguments.onnx)
+    environment = {**peer_environment(case, arguments.onnx), **(variables or {})}
     command = peer_command(python, peer, port)
     with started(command, peer, port, environment, arguments.peers) as process:
         yield Running(peer, port, process)
@@ -155,6 +159,7 @@ class Rounds:
     case: str
     ratios: list[float] = field(default_factory=list)
     images_per_s: list[float] = field(default_factory=list)
+    p50_ms: list[float] = field(default_factory=list)
     p99_ms: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
     all_cpu_ms: list[float] = field(default_factory=list)
@@ -163,6 +168,7 @@ class Rounds:
     def note(self, driven: Driven, alone_ms: float = 0.0) -> None:
         """Add the measurements of one round; `cpu_ms` is without *alone_ms*."""
         self.images_per_s.append(driven.load.images_per_s)
+        self.p50_ms.append(driven.load.p50_ms)
         self.p99_ms.append(driven.load.p99_ms)
         self.cpu_ms.append(driven.cpu_ms - alone_ms)
         self.all_cpu_ms.append(driven.cpu_ms)

@@ -21,7 +21,7 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.device_memory import limit_heaps
 from sopdeploy_service.server.draining_server import freeze_objects, http_config
-from sopdeploy_service.settings import Settings, load_settings
+from sopdeploy_service.settings import Sandbox, Settings, load_settings
 from tests.support.fake_runtime import FakeOverlappingRuntime
 
 CLASSES = 1000
@@ -57,9 +57,11 @@ def fake_model(
     )
 
 
-def settings_for(largest: int) -> Settings:
+def settings_for(largest: int, sandbox: Sandbox = "auto") -> Settings:
     """Create the server's settings: two decoders, one thread of the runtime."""
-    return load_settings(max_batch=largest, decoders=2, threads=1, queue_size=1024)
+    return load_settings(
+        max_batch=largest, decoders=2, threads=1, queue_size=1024, sandbox=sandbox
+    )
 
 
 def main() -> None:
@@ -71,11 +73,12 @@ def main() -> None:
     parser.add_argument(
         "--decoding", choices=get_args(Decoding), default="full", help="with --fake"
     )
+    parser.add_argument("--sandbox", choices=get_args(Sandbox), default="auto")
     parser.add_argument("--largest", type=int, default=8)
     arguments = parser.parse_args()
     limit_heaps()
     freeze_objects()
-    settings = settings_for(arguments.largest)
+    settings = settings_for(arguments.largest, arguments.sandbox)
     if arguments.bundle is not None:
         model = load_model(arguments.bundle, settings)
     elif arguments.fake:
