@@ -29,7 +29,11 @@ def read_preprocess(text: str | None) -> Preprocess:
         raise ConfigError(f"missing; give {EXAMPLE}", setting="preprocess")
     prefix, _, name = text.partition(":")
     if prefix in ("fast", "scaled"):
-        return read_preprocess(name).model_copy(update={"decoding": prefix})
+        rules = read_preprocess(name)
+        try:
+            return Preprocess(**{**rules.model_dump(), "decoding": prefix})
+        except pydantic.ValidationError as error:
+            raise ConfigError(first_problem(error), setting="preprocess", value=text) from error
 
     values: Any = None  # of a file, for the message of an error
     try:

@@ -34,8 +34,9 @@ from sopdeploy.data.timm_augment import (
     RandomErasing,
     seeded,
 )
-from sopdeploy.images.pixels import RESAMPLING, View
+from sopdeploy.images.pixels import View
 from sopdeploy.images.preprocess import Box, Preprocess, Side
+from sopdeploy.images.resize import resize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -349,6 +350,4 @@ def _crop_box(
 
     square = Image.fromarray(images.preprocess(index, enlarged))
     box = choose_view(square.size).box
-    return np.asarray(
-        square.resize(size, RESAMPLING[rules.interpolation], box=box), dtype=np.uint8
-    )
+    return np.asarray(resize(square, size, rules, box), dtype=np.uint8)

@@ -47,7 +47,7 @@ class RandAugment(StrictModel):
         name = f"rand-m{self.magnitude}-n{self.num_ops}-mstd{self.magnitude_std}-inc1"
         with seeded(seed):
             return np.asarray(
-                _transform(name, preprocess.crop, preprocess.mean)(Image.fromarray(array))
+                _transform(name, preprocess.crop, preprocess.rgb_mean)(Image.fromarray(array))
             )
 
 

@@ -27,5 +27,5 @@ def occlude(pixels: Pixels, rules: Preprocess) -> Pixels:
     """
     copies = np.repeat(pixels[None], GRID**2, axis=0)
     for cell, copy in enumerate(copies):
-        copy[cell_slices(len(pixels), cell)] = np.round(255 * np.array(rules.mean))
+        copy[cell_slices(len(pixels), cell)] = np.round(255 * np.array(rules.rgb_mean))
     return copies

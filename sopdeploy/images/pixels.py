@@ -19,6 +19,7 @@ from PIL import Image
 
 from sopdeploy.images.fast_resize import fast_resize
 from sopdeploy.images.preprocess import Box, Pixels, Preprocess
+from sopdeploy.images.resize import resize
 
 ORIENTATION = 0x0112
 UPRIGHT = 1
@@ -35,7 +36,6 @@ TURNS = dict(zip(range(2, 9), (
 MIRRORED_X = {2, 3, 6, 7}
 MIRRORED_Y = {3, 4, 7, 8}
 TRANSPOSED = {5, 6, 7, 8}
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 TILE = 2**16  # pixels
 # 8-bit levels between the gray values of PNGs of 2 and 4 bits
@@ -121,15 +121,14 @@ def preprocess_image(
     A *view* replaces that of *rules*. If *image* was decoded at 1/*scale*, *size* is that of
     the whole image, upright; *rules* with the decoding "full" do not allow it.
     """
-    resampling = RESAMPLING[rules.interpolation]
     if rules.decoding != "full":
         fitted = _resize_box(image, rules, view, size, scale)
     else:
         rgb = to_rgb(image, rules)
         if view is not None:
-            fitted = rgb.resize(view.size, resampling, view.box)
+            fitted = resize(rgb, view.size, rules, view.box)
         elif rules.fit == "pad":
-            fitted = rgb.resize(resized_size(rgb.size, rules), resampling)
+            fitted = resize(rgb, resized_size(rgb.size, rules), rules)
         else:
             return center_crop(rgb, rules)
 
@@ -174,7 +173,7 @@ def _resize_box(
     if rules.decoding == "fast":
         fitted = fast_resize(rgb, stored_size, rules.interpolation, box)
     else:
-        fitted = rgb.resize(stored_size, RESAMPLING[rules.interpolation], box)
+        fitted = resize(rgb, stored_size, rules, box)
     return fitted.transpose(TURNS[orientation]) if orientation != UPRIGHT else fitted
 
 
@@ -330,13 +329,12 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
     """
     width, height = resized_size(image.size, rules)
 
-    resampling = RESAMPLING[rules.interpolation]
     if max(width, height) > MAX_ASPECT_RATIO * rules.resize:
         view = center_view(image.size, rules)
-        return np.asarray(image.resize(view.size, resampling, view.box))
+        return np.asarray(resize(image, view.size, rules, view.box))
     left, top = (round((side - rules.crop) / 2.0) for side in (width, height))
     window = (left, top, left + rules.crop, top + rules.crop)
-    return np.asarray(image.resize((width, height), resampling).crop(window))
+    return np.asarray(resize(image, (width, height), rules).crop(window))
 
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:

@@ -61,9 +61,14 @@ class Preprocess(StrictModel):
     an eighth of the time, with pixels that differ as `fast_resize.MAX_LEVELS` says. `decoding` is
     left out of what is written if it is "full", as in files of versions that do not know it.
 
+    `antialias` is False if an image becomes smaller without antialiasing, as by `cv2.resize` and
+    torch's `interpolate`: a pixel then depends on its nearest source pixels alone. `color_order` is
+    "BGR" for a network that takes blue first, as OpenCV reads images; `mean` and `std` have the order
+    of the network's channels. Both are left out of what is written if they are True and "RGB".
+
     Raises:
-        ConfigError: `crop` is larger than `resize`, a value is out of its range, or `mean` or `std`
-            have several values for gray images.
+        ConfigError: `crop` is larger than `resize`, a value is out of its range, `mean` or `std`
+            have several values for gray images, or two values do not fit together.
 
     Examples:
         >>> sopdeploy.Preprocess(crop=64).resize
@@ -84,6 +89,10 @@ class Preprocess(StrictModel):
     decoding: Annotated[
         Decoding, pydantic.Field(exclude_if=lambda decoding: decoding == "full")
     ] = "full"
+    antialias: Annotated[bool, pydantic.Field(exclude_if=lambda antialias: antialias)] = True
+    color_order: Annotated[
+        Literal["RGB", "BGR"], pydantic.Field(exclude_if=lambda order: order == "RGB")
+    ] = "RGB"
 
     @pydantic.model_validator(mode="after")
     def _set_resize(self) -> "Preprocess":
@@ -110,6 +119,22 @@ class Preprocess(StrictModel):
                     f"{name} must have one value, such as [0.5], if channels is 1 (got {[*values]})"
                 )
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_combinations(self) -> "Preprocess":
+        """Raise `ValueError` for values that do not fit together."""
+        if self.channels == 1 and self.color_order != "RGB":
+            raise ValueError("color_order must be RGB if channels is 1")
+        if not self.antialias and self.decoding != "full":
+            raise ValueError(
+                f"decoding must be full if antialias is false (got {self.decoding!r})"
+            )
+        return self
+
+    @property
+    def rgb_mean(self) -> tuple[float, ...]:
+        """`mean` in the order red, green, blue; one value for gray images."""
+        return self.mean[::-1] if self.color_order == "BGR" else self.mean
 
     @staticmethod
     def scaled_resize(crop: int, resize: int, crop_before: int) -> int:

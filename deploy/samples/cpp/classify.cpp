@@ -139,6 +139,8 @@ Image resize(const Image& image, int width, int height, const std::string& inter
 std::vector<uint8_t> preprocess(const Image& image, const json& rules) {
   if (rules.value("decoding", "full") != "full")
     throw std::runtime_error("this program decodes all pixels of a JPEG; train with preprocess.decoding=full");
+  if (!rules.value("antialias", true))
+    throw std::runtime_error("this program resizes with antialiasing, as Pillow does");
   const int crop = rules["crop"];
   const std::string fit = rules.value("fit", "crop");
   const int shorter = std::min(image.width, image.height), longer = std::max(image.width, image.height);

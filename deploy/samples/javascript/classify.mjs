@@ -88,10 +88,11 @@ function nearest(value) {
 
 // The network's input (crop, crop, 3) by the rules `preprocess` of the manifest.
 function preprocess(image, rules) {
-  const { crop, fit = "crop", decoding = "full" } = rules;
+  const { crop, fit = "crop", decoding = "full", antialias = true } = rules;
   if (decoding !== "full") {
     throw new Error("this program decodes all pixels of a JPEG; train with preprocess.decoding=full");
   }
+  if (!antialias) throw new Error("this program resizes with antialiasing, as Pillow does");
   const [shorter, longer] = [image.width, image.height].sort((a, b) => a - b);
   let [small, large] = [crop, crop];
   if (fit === "crop") [small, large] = [rules.resize, Math.max(1, Math.trunc((rules.resize * longer) / shorter))];

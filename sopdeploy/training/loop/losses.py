@@ -183,10 +183,12 @@ def _load_teacher(weights: Path, labels: tuple[str, ...], preprocess: Preprocess
             "train the teacher on the same classes"
         )
 
-    stored_colors = (stored.preprocess.mean, stored.preprocess.std)
-    if stored_colors != (preprocess.mean, preprocess.std):
+    stored_colors, colors = (
+        (rules.mean, rules.std, rules.color_order) for rules in (stored.preprocess, preprocess)
+    )
+    if stored_colors != colors:
         raise ConfigError(
             f"teacher.weights: {path} normalizes colors differently; set "
-            "the same preprocess.mean and std"
+            "the same preprocess.mean, std and color_order"
         )
     return build_classifier(stored, path).eval().requires_grad_(False)
