@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.base.config import Positive, StrictModel, first_problem
 from sopdeploy.errors import ConfigError
+from sopdeploy.images.torchvision_steps import read_steps
 
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Channel = Annotated[int, pydantic.Field(ge=0, le=255)]
@@ -187,11 +188,15 @@ class Preprocess(StrictModel):
 
     @classmethod
     def from_torchvision(cls, transforms: Any) -> "Preprocess":
-        """Convert torchvision's `weights.transforms()`, the preset of a classifier.
+        """Convert torchvision's `weights.transforms()`, the preset of a classifier, or a `Compose`.
 
-        Raises `ConfigError` for another object, or an interpolation other than bilinear and
-        bicubic.
+        The steps of a `Compose` may be those of a validation: `Resize`, `CenterCrop`, `ToTensor` and its like,
+        `Normalize`, `Grayscale`, and timm's `ResizeKeepRatio` and `CenterCropOrPad`.
+        Raises `ConfigError` for another object or step, which it names, for images that are not
+        square, and for an interpolation other than bilinear and bicubic.
         """
+        if hasattr(transforms, "transforms") or type(transforms).__name__ == "Sequential":
+            return cls._from_published("torchvision", **read_steps(transforms))
         try:
             # Each has one side; two raise a `ValueError`.
             (crop,) = transforms.crop_size
@@ -200,8 +205,8 @@ class Preprocess(StrictModel):
             colors = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
         except (AttributeError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"torchvision: {type(transforms).__name__} does not resize and "
-                "crop to a square; pass weights.transforms() of a classifier"
+                f"torchvision: a {type(transforms).__name__} is neither a Compose nor the preset of a classifier "
+                "(weights.transforms())"
             ) from error
 
         fields = {"crop": crop, "resize": resize, "interpolation": interpolation, **colors}
