@@ -13,6 +13,7 @@ from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.data.photos.files import data_folder
 from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.exchanged import describe_exchanged
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.predictions import describe_predictions, measure_predictions
@@ -189,11 +190,15 @@ def evaluate(
                 options.fit_decision, replace(checkpoint, decision=fitted_decision)
             )
 
+    metrics = measure_predictions(scores, labels)
+    if isinstance(metrics, ClassificationReport):
+        notes += describe_exchanged([row.label for row in metrics.classes], metrics.confusion)
+
     return Evaluation(
         source=str(source),
         kind=kind,
         facts=facts,
-        metrics=measure_predictions(scores, labels),
+        metrics=metrics,
         labels=labels,
         # Only with one class per image, this is a list.
         scores=tuple(scores) if isinstance(scores, list) else scores,

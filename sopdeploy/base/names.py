@@ -75,7 +75,12 @@ def label_problem(labels: Sequence[str]) -> str | None:
             return f"class {shown(label)}: {problem}"
     for label, other in pairwise(sorted(labels)):
         if label == other:
-            return f"class {shown(label)}: its name occurs twice"
+            numbers = [number for number, each in enumerate(labels) if each == label][:2]
+            first, second = (shown(f"{label} {number}") for number in numbers)
+            return (
+                f"class {shown(label)}: its name occurs twice, as number {numbers[0]} and {numbers[1]}; name "
+                f"them apart, as {first} and {second}"
+            )
     return None
 
 

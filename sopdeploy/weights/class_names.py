@@ -13,7 +13,7 @@ from typing import Any
 from sopdeploy.base.config import parse_json
 from sopdeploy.base.files import MAX_NAMES_BYTES, read_text
 from sopdeploy.base.names import label_problem
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, shorten
 
 _ADVICE = (
     'write one name per line in the order of the logits, or a JSON list such as ["cat", "dog"]'
@@ -89,17 +89,64 @@ def _find_names(data: Any) -> tuple[str, ...]:
     if (names := _names_of_value(data)) is not None:
         return names
 
-    names_by_key = {
-        path: names
-        for path, value in _find_keys(data)
-        if (names := _names_of_value(value)) is not None
-    }
+    names_by_key = _names_by_key(data)
 
     if len(set(names_by_key.values())) > 1:
         raise ValueError(f"holds several lists of names ({', '.join(names_by_key)})")
     if not names_by_key:
         raise ValueError('not a list of names such as ["cat", "dog"]')
     return next(iter(names_by_key.values()))
+
+
+def _names_by_key(data: Any) -> dict[str, tuple[str, ...]]:
+    """Return the names under each of `_KEYS` in *data*, by their paths."""
+    return {
+        path: names
+        for path, value in _find_keys(data)
+        if (names := _names_of_value(value)) is not None
+    }
+
+
+def find_labels(content: Any) -> tuple[str, ...] | None:
+    """Find the class names in *content*, a weight file, under one of `_KEYS` or in a table such as `metadata`.
+
+    None if there are none, or different ones, or numbers that are not those of logits.
+    """
+    if not isinstance(content, dict):
+        return None
+    # Tables of tensors have no names of classes, but may have many keys.
+    tables = {key: value for key, value in content.items() if not _has_tensors(value)}
+    try:
+        found = set(_names_by_key(tables).values())
+    except ValueError:
+        return None
+    return found.pop() if len(found) == 1 else None
+
+
+def _has_tensors(value: Any) -> bool:
+    """Tell whether *value* is a table with tensors or arrays."""
+    return isinstance(value, dict) and any(hasattr(each, "shape") for each in value.values())
+
+
+def check_order(
+    given: Sequence[str], in_weights: Sequence[str] | None, weights: Path
+) -> tuple[str, ...]:
+    """Check the class names *given* against those *in_weights*, the file of the network; return warnings.
+
+    Other names are allowed, and said. Raises `ConfigError` for the same names in another order.
+    """
+    if in_weights is None or tuple(given) == tuple(in_weights):
+        return ()
+    if sorted(given) == sorted(in_weights):
+        number = next(number for number, name in enumerate(given) if name != in_weights[number])
+        raise ConfigError(
+            f"have the classes of {weights} in another order: number {number} is {in_weights[number]} there, and "
+            f"{given[number]} here; omit them, or correct their order",
+            setting="labels",
+        )
+    return (
+        f"the class names differ from those in {weights} ({shorten(list(in_weights))}), which are not used",
+    )
 
 
 def _find_keys(data: Any, levels: int = _MAX_TABLE_LEVELS) -> Iterator[tuple[str, Any]]:

@@ -25,7 +25,7 @@ from sopdeploy.models.registry import list_models
 from sopdeploy.paths import CHECKPOINT_FORMAT, TORCH_MAGIC
 from sopdeploy.version import __version__
 from sopdeploy.weights.checkpoint import Checkpoint, parse_checkpoint, write_checkpoint
-from sopdeploy.weights.class_names import read_class_names
+from sopdeploy.weights.class_names import find_labels, read_class_names
 from sopdeploy.weights.conversion import (
     ConvertedWeights,
     Importer,
@@ -44,7 +44,6 @@ from sopdeploy.weights.pytorch_projects import (
 from sopdeploy.weights.tensor_files import (
     WEIGHTS_ADVICE,
     check_tensors,
-    find_labels,
     find_tables,
     find_wrappers,
     read_pytorch,

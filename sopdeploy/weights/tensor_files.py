@@ -207,24 +207,6 @@ def without_wrappers(name: str, wrappers: Container[str]) -> str:
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
-def find_labels(content: Any) -> tuple[str, ...] | None:
-    """Read the class names in the order of `class_to_idx`, as torchvision's folders number them, if any."""
-    number_by_name = content.get("class_to_idx") if isinstance(content, dict) else None
-
-    if not isinstance(number_by_name, dict) or not all(
-        isinstance(name, str) for name in number_by_name
-    ):
-        return None
-
-    name_by_number = {
-        number: name for name, number in number_by_name.items() if isinstance(number, int)
-    }
-
-    if sorted(name_by_number) != list(range(len(number_by_name))):
-        return None
-    return tuple(name for _, name in sorted(name_by_number.items()))
-
-
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Check that the *tensors* of a weight file are dense, real and not too large in total; raises `WeightsError`.
 

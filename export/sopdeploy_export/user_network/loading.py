@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from sopdeploy.base.nearest import did_you_mean
 from sopdeploy.errors import WeightsError, first_line, shorten
+from sopdeploy.weights.class_names import find_labels
 from sopdeploy.weights.files import check_is_weights
 from sopdeploy.weights.tensor_files import (
     COUNTERS,
     WEIGHTS_ADVICE,
     check_tensors,
-    find_labels,
     find_tables,
     read_pytorch,
     without_wrappers,
