@@ -13,7 +13,7 @@ from sopdeploy.data.photos.files import ANY_IMAGES, data_folder
 from sopdeploy.data.photos.outputs import check_takes_output
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.paths import needs_network
-from sopdeploy.weights.class_names import read_class_names
+from sopdeploy.weights.class_names import check_order, read_class_names
 from sopdeploy.weights.files import check_is_checkpoint, check_is_weights
 from sopdeploy_commands.rules import read_preprocess
 from sopdeploy_export.options import ExportOptions, NetworkExportOptions
@@ -153,15 +153,18 @@ def _export_weights(
     check_builder("network", str(source.network), source.option)
     if source.plain is not None:
         check_builder("plain", source.plain, source.plain_option)
-    preprocess = read_preprocess(source.preprocess)
+    preprocess = None if source.preprocess is None else read_preprocess(source.preprocess)
+    if source.transform is not None:
+        check_builder("transform", source.transform, ())
     name = options.name or file_project(weights)
 
-    from sopdeploy_export.user_network.builder import network_builder
+    from sopdeploy_export.user_network.builder import import_transform, network_builder
     from sopdeploy_export.user_network.export_network import export_network
     from sopdeploy_export.user_network.loading import load_weights, read_weights
 
     # The class names of the option, or else those in the file.
     file = read_weights(weights)  # before the user's code can change it
+    order_warnings = () if labels is None else check_order(labels, file.labels, weights)
     labels = labels or file.labels
     if labels is None:
         message = (
@@ -175,6 +178,9 @@ def _export_weights(
     if source.plain is not None:
         plain = network_builder("plain", source.plain, source.plain_option)
     build = network_builder("network", str(source.network), source.option)
+    transform = None
+    if source.transform is not None:
+        transform = import_transform(source.transform, source.transform_takes)
 
     on_step("building the network")
     network = build()
@@ -194,15 +200,17 @@ def _export_weights(
         training_only=source.training_only,
         labels=labels,
         preprocess=preprocess,
+        transform=transform,
         destination=out,
         name=name,
         logits_key=source.logits_key,
         allow_constants=source.allow_constants,
         several_classes=source.several_classes,
+        allow_other_pixels=source.allow_other_pixels,
         options=options,
         config=_describe_source(source, loaded.table),
         sha256=loaded.sha256,
-        warnings=loaded.warnings,
+        warnings=(*loaded.warnings, *order_warnings),
         on_step=on_step,
     )
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sopdeploy.base.config import StrictModel, parse_json
 from sopdeploy.bundle.folder import PROBES, Bundle
 from sopdeploy.bundle.golden import check_golden, read_golden
-from sopdeploy.bundle.manifest import describe_temperature
+from sopdeploy.bundle.manifest import OptionalPixels, describe_temperature
 from sopdeploy.bundle.onnx_root import check_graph_and_certificate
 from sopdeploy.bundle.probes import Probes, Replay, read_probes
 from sopdeploy.bundle.second_order import NOTHING, count_second_order
@@ -37,7 +37,8 @@ class Verification(StrictModel):
     `replays` has the deviation and the tolerance of each output by batch size, `golden` the
     number of examples. `onnx_root` was recomputed from `model.onnx`, and `second_order` says what
     its graph computes of second order; None and "" if `onnx` is not installed. `logits` says
-    whether they are divided by the temperature; "" without one. `statements` says which statements
+    whether they are divided by the temperature; "" without one. `pixels` compares the pixels with those of
+    the training, as the export measured; None if it did not. `statements` says which statements
     of the certificate the export proved, and which it measured.
     """
 
@@ -47,6 +48,7 @@ class Verification(StrictModel):
     onnx_root: str | None
     second_order: str = ""
     logits: str = ""
+    pixels: OptionalPixels = None
     statements: Statements
     num_files: int
     bytes: int
@@ -87,6 +89,11 @@ def _show(result: Verification) -> None:
     if result.golden:
         files = f"{amount(result.golden, 'JPEG file')} of the bundle"
         print_check("images", f"{files} decoded to the same pixels, with the same logits")
+
+    # What only the export could measure, because the transform of the training is not in the bundle.
+    if result.pixels is not None:
+        is_same = not result.pixels.differences
+        print_check("pixels", f"{result.pixels.describe()}, by the export", is_same)
 
     for note in result.notes:
         print_field("note", note, style="bold yellow")
@@ -155,6 +162,7 @@ def verify(
         onnx_root=onnx_root,
         second_order="" if onnx_root is None else _describe_second_order(opened),
         logits=describe_temperature(manifest.decision, manifest.temperature_scaling),
+        pixels=manifest.pixels,
         statements=read_statements(opened),
         num_files=len(manifest.files),
         bytes=sum(record.bytes for record in manifest.files.values()),

@@ -11,6 +11,7 @@ from sopdeploy.bundle.manifest import BatchRange, Int8For, Precision
 from sopdeploy.errors import ConfigError
 
 BatchSize = Annotated[int, pydantic.Field(ge=1, le=1_000_000)]
+Takes = Literal["pillow", "rgb", "bgr", "path"]  # what a transform of the training takes
 USUAL_BATCH = 8  # the batch size that equivalent forms of a layer are chosen for
 
 
@@ -121,6 +122,7 @@ class NetworkExportOptions(NetworkOptions):
                 "option",
                 "labels",
                 "preprocess",
+                "transform",
                 "training_only",
                 "plain",
                 "plain_option",
@@ -129,6 +131,15 @@ class NetworkExportOptions(NetworkOptions):
         )
     }
 
+    KEYS: ClassVar = (*NetworkOptions.KEYS, "transform_takes", "allow_other_pixels")
+
+    transform: str | None = None
+    """Transform of the validation, package.module:callable. Its pixels are compared with those of the server,
+    and without --preprocess, the rules are read from it."""
+    transform_takes: Takes | None = None
+    """What the transform takes: a Pillow image, an array in RGB or BGR, or a path; by default, it is tried out."""
+    allow_other_pixels: bool = False
+    """Write the bundle although the server's pixels are not those of the transform, and record how they differ."""
     plain: str | None = None
     """Builder of the network without auxiliary branches, package.module:callable."""
     plain_option: tuple[str, ...] = ()

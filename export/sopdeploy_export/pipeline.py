@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from sopdeploy.base.project import Origin
 from sopdeploy.bundle import publication
 from sopdeploy.bundle.decision import Decision
-from sopdeploy.bundle.manifest import LOGITS, PROOFS, BatchRange, ProofKind, TemperatureScaling
+from sopdeploy.bundle.manifest import (
+    LOGITS,
+    PROOFS,
+    BatchRange,
+    PixelComparison,
+    ProofKind,
+    TemperatureScaling,
+)
 from sopdeploy.bundle.probes import write_probes
 from sopdeploy.bundle.second_order import count_second_order
 from sopdeploy.images.preprocess import Preprocess
@@ -109,6 +116,8 @@ def export_subject(
 
         # Prove the statements about graphs, write the file, and measure the others.
         checks = Checks()
+        checks.begin("Pixels")
+        pixels = subject.compare_pixels()
         kind = _prove_graphs(trained, subject.detachment, preprocess, options.batch, checks)
         if sum(tensor.nbytes for tensor in trained.tensors.values()) > MANY_BYTES:
             gc.collect()  # the plain network refers to itself, so nothing else frees it
@@ -116,7 +125,7 @@ def export_subject(
         measured = _measure(trained, plain, file, images, parts, options, checks)
 
         # Write the bundle.
-        certificate = _certify(subject, captured, kind, file, measured, checks)
+        certificate = _certify(subject, captured, kind, pixels, file, measured, checks)
         results = _collect(subject, certificate, file, measured)
         step("writing the bundle")
         probes = as_probes(images, measured.exact, measured.parity)
@@ -144,6 +153,7 @@ def export_subject(
             *subject.warnings,
             *name_constant_classes(subject.network, plain.outputs[0], subject.labels),
             *measured.plain_runs.warnings,
+            *(accuracy_check.warnings if accuracy_check is not None else ()),
             *warn_of_order(measured.exact.order),
             *warn_of_opset(file.converted.model),
         ),
@@ -234,6 +244,7 @@ def _certify(
     subject: ExportSubject,
     captured: Captured,
     kind: ProofKind,
+    pixels: PixelComparison | None,
     file: ExportedFile,
     measured: _Measured,
     checks: Checks,
@@ -259,6 +270,7 @@ def _certify(
         precision=measured.parity.precision,
         statements=checks.evidence(),
         temperature_scaling=captured.scaling,
+        pixels=pixels,
     )
 
 

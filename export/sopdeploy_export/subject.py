@@ -9,6 +9,7 @@ from torch import nn
 from sopdeploy.base.plugins import plugin_versions
 from sopdeploy.base.project import Origin
 from sopdeploy.bundle.decision import Decision
+from sopdeploy.bundle.manifest import PixelComparison
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.backbones.base import Backbone
 from sopdeploy.models.base import Classifier, is_in
@@ -72,6 +73,8 @@ class ExportSubject:
         decision: How logits become classes; `None` for softmax without thresholds.
         training: Recipe, epoch and metrics, for the model card.
         origin: The run and its images; `None` if `train` did not train the network.
+        compare_pixels: Compares the pixels of *preprocess* with those of the training; returns `None` if
+            these are not known.
         warnings: Findings of the checks that do not stop the export.
     """
 
@@ -86,6 +89,7 @@ class ExportSubject:
     decision: Decision | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     origin: Origin | None = None
+    compare_pixels: Callable[[], PixelComparison | None] = lambda: None
     warnings: tuple[str, ...] = ()
 
     def plugins(self) -> dict[str, str]:

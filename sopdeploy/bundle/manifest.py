@@ -113,6 +113,41 @@ class TemperatureScaling(StrictModel):
     ]
 
 
+class PixelComparison(StrictModel):
+    """How the server's pixels compare with those of a training, whose *transform* it names.
+
+    `largest_difference` is that of the photos of the export, in levels of 255, and `num_changed` how many of
+    `num_images` get another class. `differences` were accepted; without any, only rounding differs.
+    """
+
+    transform: Text
+    num_images: Annotated[int, pydantic.Field(ge=0)]
+    num_changed: Annotated[int, pydantic.Field(ge=0)]
+    largest_difference: Annotated[float, pydantic.Field(ge=0, le=255)]
+    differences: Annotated[tuple[Text, ...], pydantic.Field(max_length=MAX_ENTRIES)] = ()
+
+    def describe_classes(self) -> str:
+        """Say how many images get another class."""
+        if self.num_changed == 0:
+            return "no class changes"
+        return f"{self.num_changed} of {self.num_images} photos get another class"
+
+    def describe(self) -> str:
+        """Say whether the pixels are those of the training, and how many classes change."""
+        if self.differences:
+            return (
+                f"other pixels than {self.transform}, which was accepted: it {'; it '.join(self.differences)} "
+                f"({self.describe_classes()})"
+            )
+        largest = f"largest difference {self.largest_difference:.2g} of 255"
+        return (
+            f"photos give the pixels of {self.transform} ({largest}, {self.describe_classes()})"
+        )
+
+
+OptionalPixels = Annotated[
+    PixelComparison | None, pydantic.Field(exclude_if=lambda pixels: pixels is None)
+]
 # Missing in files of versions before 0.4.0, which divided the classifier, too.
 OptionalScaling = Annotated[
     TemperatureScaling | None, pydantic.Field(exclude_if=lambda scaling: scaling is None)
@@ -126,7 +161,8 @@ class Manifest(StrictModel):
     `exported_at` is the time of the export by the clock of its machine; it is not part of the
     id. `origin` is None for a network that `train` did not train. `int8_for` is the runtime of
     an int8 graph, and `decision` says how logits become a decision. `temperature_scaling` says
-    by which temperature the classifier was divided; None if it was not. `mixes_images` names the
+    by which temperature the classifier was divided; None if it was not. `pixels` compares the rules
+    `preprocess` with the transform of the training; None if it was not given. `mixes_images` names the
     outputs that changed with the other images of a batch; before version 0.3.0, the operators
     through which an output may depend on them.
     """
@@ -149,6 +185,7 @@ class Manifest(StrictModel):
     int8_for: Int8For | None = None
     decision: Decision | None = None
     temperature_scaling: OptionalScaling = None
+    pixels: OptionalPixels = None
     batch: BatchRange
     mixes_images: Entries = ()
     opset: int

@@ -24,6 +24,7 @@ from sopdeploy.data.photos.any_images import open_any_images
 from sopdeploy.data.photos.copies import connect
 from sopdeploy.data.photos.photo import ImageFiles
 from sopdeploy.errors import ConfigError, DataError, ParityError
+from sopdeploy.evaluation.exchanged import describe_exchanged
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.deployed import INPUT, evenly_spread
 from sopdeploy_export.lower.precision import Accuracy, PrecisionReport, UserImages
@@ -32,6 +33,7 @@ from sopdeploy_export.runs import open_session
 
 _BATCH = 8
 MAX_CALIBRATION_IMAGES = 340  # of `calibrate`
+MAX_PHOTOS = 500  # of `evaluate`, whose pixels are compared with those of the training
 PHOTOGRAPHS = 16  # of `evaluate`, whose values must fit float16
 MIN_DISTINCT = 32
 # Standard deviations: a quarter of the logits' variance. Trained networks measure 0.03 to 0.07
@@ -67,7 +69,9 @@ class AccuracyCheck:
         several classes per image.
         """
         self.options = options
+        self.warnings: tuple[str, ...] = ()  # of `measure`
         self._preprocess = preprocess
+        self._labels = labels
         self._float32_logits: NDArray[np.float32] | None = None
 
         # The images of `calibrate`: all calibrate if `evaluate` measures, else three quarters.
@@ -105,6 +109,14 @@ class AccuracyCheck:
                 reading=AS_IT_IS if origin is None else origin.reading,
             )
 
+    def photos(self) -> Iterator[bytes] | None:
+        """Return the image files of `evaluate`; None without that folder."""
+        images = self._labeled
+        if images is None:
+            return None
+        positions = evenly_spread(len(images), MAX_PHOTOS).tolist()
+        return (images.read(position) for position in positions)
+
     def measure(
         self,
         float32: onnx.ModelProto,
@@ -122,6 +134,10 @@ class AccuracyCheck:
         after = self._logits(exported)
 
         truth = None if self._labeled is None else np.asarray(self._labeled.targets, np.int64)
+        if truth is not None:
+            self.warnings = describe_exchanged(
+                self._labels, count_confusion(truth, before.argmax(axis=1), len(self._labels))
+            )
         compared = compare_top_classes(before.argmax(axis=1), after.argmax(axis=1), truth)
         return compared.model_copy(update={"deviation": logit_deviation(before, after)})
 
@@ -189,6 +205,15 @@ class AccuracyCheck:
         elif self._held_out is not None:
             for image in self._held_out:
                 yield image[None]
+
+
+def count_confusion(
+    truth: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int
+) -> NDArray[np.int64]:
+    """Count the images (C, C) by their class, *truth* (P,), and by the class *predicted* (P,)."""
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(confusion, (truth, predicted), 1)
+    return confusion
 
 
 def logit_deviation(before: NDArray[np.float32], after: NDArray[np.float32]) -> float:

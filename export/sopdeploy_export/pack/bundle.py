@@ -167,6 +167,7 @@ def write_reports(
         "preprocess": subject.preprocess,
         "decision": subject.decision,
         "temperature_scaling": certificate.temperature_scaling,
+        "pixels": certificate.pixels,
         "batch": options.batch,
         "mixes_images": certificate.mixes_images,
         "detached": certificate.detached,

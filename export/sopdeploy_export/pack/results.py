@@ -90,8 +90,16 @@ class ExportResults:
         if not self.parity.passed:
             file = f"model.onnx gives other outputs, which was allowed: largest error {self._describe_error()}"
 
+        pixels = certificate.pixels
+        is_same: bool | None = None
+        same = "pixels were not compared with those of the training, because --transform was not given"
+        if pixels is not None:
+            is_same = not pixels.differences
+            same = pixels.describe()
+
         is_removed = True if certificate.detached else None
         return (
+            Check("Pixels", evidence["Pixels"], same, is_same),
             Check("Removed", evidence["Removed"], removed, is_removed),
             Check(
                 "Graph",

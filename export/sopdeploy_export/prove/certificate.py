@@ -13,17 +13,24 @@ both compared networks share: frozen buffers, constants and patched methods.
 """
 
 from sopdeploy.base.config import StrictModel
-from sopdeploy.bundle.manifest import PROOFS, OptionalScaling, Precision, ProofKind
+from sopdeploy.bundle.manifest import (
+    PROOFS,
+    OptionalPixels,
+    OptionalScaling,
+    Precision,
+    ProofKind,
+)
 from sopdeploy.bundle.statements import Evidence, Statements
 from sopdeploy.errors import CertificateError
 from sopdeploy_export.progress import step
-from sopdeploy_export.prove import file, graphs, images, plain_run, removed
+from sopdeploy_export.prove import file, graphs, images, pixels, plain_run, removed
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.removed import TensorEntry
 
 EXPLAINED = "docs/proof.md"  # the page that explains the statements
 # By title: the module of this folder with the sentence `STATEMENT`.
 STATEMENTS = {
+    "Pixels": pixels,
     "Removed": removed,
     "Graph": graphs,
     "Plain run": plain_run,
@@ -32,6 +39,7 @@ STATEMENTS = {
 }
 # What a terminal shows while a statement is checked
 STEPS = {
+    "Pixels": "comparing the pixels with those of the training",
     "Removed": "proving that no output depends on the removed parts",
     "Graph": "proving that the graphs are equal",
     "Plain run": "comparing the network's code with its graph",
@@ -75,6 +83,8 @@ class Certificate(StrictModel):
     of images on which the file was compared. `mixes_images` names the outputs that change with
     the other images of the batch; before version 0.3.0, operators.
 
+    `pixels` compares the server's pixels with those of the training; None if its transform was not given.
+
     `statements` says of each statement whether it was `proved` or `measured`.
     """
 
@@ -92,6 +102,7 @@ class Certificate(StrictModel):
     precision: Precision
     statements: Statements
     temperature_scaling: OptionalScaling = None
+    pixels: OptionalPixels = None
 
     @property
     def bytes_removed(self) -> int:

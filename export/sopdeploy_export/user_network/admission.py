@@ -4,6 +4,7 @@
 passes all checks here. What the proof decides is left to the proof.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from sopdeploy.base.names import label_problem
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
+from sopdeploy_export.admit.graph_hints import normalizes_itself, returns_cosines
 from sopdeploy_export.admit.network import (
     check_exportable,
     check_size,
@@ -64,6 +66,7 @@ class Admitted:
         num_bytes: The bytes of its weights without these parts.
         is_completed: Whether it returns a single logit, which becomes the logits of two classes.
         removable: Further modules and tensors that no output depends on, see `find_unneeded`.
+        normalizes_itself: Whether its first operator shifts or scales the channels of its images.
         shared_rests: What parts around these share with the rest, as `find_shared_rests` says.
         warnings: Findings that do not stop the export.
     """
@@ -76,6 +79,7 @@ class Admitted:
     num_bytes: int
     is_completed: bool
     removable: tuple[str, ...]
+    normalizes_itself: bool
     shared_rests: Mapping[str, str]
     warnings: tuple[str, ...]
 
@@ -143,8 +147,25 @@ def admit(
         num_bytes=num_bytes,
         is_completed=is_completed(network, logits),
         removable=removable,
+        normalizes_itself=normalizes_itself(trained.program),
         shared_rests=find_shared_rests(trained, removable),
-        warnings=(*size_warnings, *gray_warnings, *warnings),
+        warnings=(
+            *size_warnings,
+            *gray_warnings,
+            *warnings,
+            *(_warn_of_cosines(trained, logits) if not several_classes else ()),
+        ),
+    )
+
+
+def _warn_of_cosines(trained: Compared, logits: Tensor) -> tuple[str, ...]:
+    """Return a warning if the *logits* (P, C) of *trained* seem to be cosines, whose softmax is nearly even."""
+    if not returns_cosines(trained.program, logits):
+        return ()
+    largest = 1 / (1 + (logits.shape[1] - 1) * math.exp(-2))
+    return (
+        f"the logits seem to be cosines, from -1 to 1: no probability can be above {100 * largest:.0f} %; return "
+        "them multiplied by the scale of the training",
     )
 
 
@@ -246,7 +267,7 @@ def _check_graph(trained: Compared, parts: tuple[str, ...], logits: Tensor) -> N
 def check_labels(labels: Sequence[str]) -> None:
     """Raise `ConfigError` unless *labels* are the names of classes, each once."""
     are_names = bool(labels) and all(isinstance(label, str) for label in labels)
-    if not are_names or len(set(labels)) != len(labels):
+    if not are_names:
         raise ConfigError("give one name per class, each once", setting="labels")
     problem = label_problem(labels)
     if problem:

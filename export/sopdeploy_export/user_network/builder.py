@@ -18,6 +18,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sopdeploy.errors import ConfigError, first_line
+from sopdeploy_export.options import Takes
+from sopdeploy_export.pixels.transform import Transform
 from sopdeploy_export.user_network.import_path import check_builder, parse_option
 
 _ADVICE_IMPORT = (
@@ -73,6 +75,16 @@ def network_builder(
         return network
 
     return build
+
+
+def import_transform(import_path: str, takes: Takes | None = None) -> Transform:
+    """Import the transform *import_path*, `package.module:callable`; *takes* is that of `Transform`.
+
+    Raises `ConfigError` if it cannot be imported, or if it takes no image.
+    """
+    check_builder("transform", import_path, ())
+    invalid = partial(ConfigError, setting="transform", value=import_path)
+    return Transform(_import_callable(import_path, invalid), import_path, takes)
 
 
 def _is_of_connection(error: BaseException | None) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from shlex import join
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from sopdeploy.base.project import check_project_name
 from sopdeploy.bundle.decision import Decision
+from sopdeploy.bundle.manifest import PixelComparison
 from sopdeploy.data.photos.outputs import check_takes_output
 from sopdeploy.errors import CertificateError, ConfigError, DetachError
 from sopdeploy.images.preprocess import Preprocess
@@ -23,14 +25,21 @@ from sopdeploy_export.admit.network import (
 from sopdeploy_export.admit.outputs import check_trained_are_registered
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS, EXPORT_TWO_CLASSES
 from sopdeploy_export.network import tensors
-from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.options import ExportOptions, Takes
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import Captured, check_photos, export_subject
+from sopdeploy_export.pixels.compare import PixelCheck
+from sopdeploy_export.pixels.transform import Transform
 from sopdeploy_export.progress import reporting
 from sopdeploy_export.prove.constants import check_constants
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.subject import Detachment, ExportSubject
 from sopdeploy_export.user_network.admission import Admitted, admit, check_labels
+from sopdeploy_export.user_network.rules import (
+    choose_rules,
+    read_pixels,
+    warn_of_published_rules,
+)
 
 
 def export_network(
@@ -40,12 +49,15 @@ def export_network(
     rebuild: Callable[[], nn.Module] | None = None,
     training_only: str | Sequence[str] = (),
     labels: Sequence[str],
-    preprocess: Preprocess,
+    preprocess: Preprocess | None = None,
+    transform: Callable[..., Any] | Transform | None = None,
     destination: str | Path,
     name: str,
     logits_key: str | int | None = None,
     allow_constants: bool = False,
     several_classes: bool = False,
+    transform_takes: Takes | None = None,
+    allow_other_pixels: bool = False,
     rename: Callable[[str], str] | None = None,
     options: ExportOptions | None = None,
     config: Mapping[str, Any] | None = None,
@@ -68,7 +80,10 @@ def export_network(
         training_only: Dotted name of the part to remove, or a pattern such as `aux*`; several in a list.
         labels: Class names, in the order of the logits. A network with one logit takes two names: first the
             class of label 0, then the class of label 1, whose probability is the sigmoid of the logit.
-        preprocess: Converts an image to the input of the network.
+        preprocess: Converts an image to the input of the network. By default, its rules are read from
+            *transform*, or else from the `pretrained_cfg` that networks of timm have.
+        transform: The transform of the validation: a callable that takes a Pillow image, an array or a path, and
+            returns a tensor (3, S, S). Its pixels are compared with those of a server.
         destination: Folder for the bundle.
         name: Name of the network and, without `options.name`, of the project: at most 200 letters, digits,
             `.`, `_` and `-`, the first not `.`.
@@ -77,6 +92,10 @@ def export_network(
             Otherwise, they are accepted only if *plain* or *rebuild* makes new ones with equal content.
         several_classes: An image may have several classes. The sigmoid of a logit is the probability of its
             class, and the class is present from a probability of 0.5.
+        transform_takes: What *transform* takes: "pillow", an array in "rgb" or "bgr", or a "path"; by
+            default, it is tried out.
+        allow_other_pixels: Export although a server's pixels are not those of *transform*; the bundle records
+            how they differ.
         rename: Maps the name of a tensor of *trained* to its name in the plain network.
         options: Batch sizes, precision and more; `detach` is set if *training_only* names a part.
         config: Description of the network in the manifest; by default its class, its logits, *training_only*.
@@ -118,17 +137,28 @@ def export_network(
         options = ExportOptions()
     training_only = [training_only] if isinstance(training_only, str) else training_only
     check_project_name(name)
-    if not isinstance(preprocess, Preprocess):
+    if preprocess is not None and not isinstance(preprocess, Preprocess):
         raise ConfigError(
             f"is a {type(preprocess).__name__}, not a Preprocess", setting="preprocess"
         )
     check_labels(labels)
     check_takes_output(Path(destination), "destination")
+
+    # The rules, and the pixels of the training.
+    trained_pixels = read_pixels(transform, transform_takes)
+    rules_warnings = warn_of_published_rules(trained, preprocess, trained_pixels)
+    preprocess = choose_rules(trained, preprocess, trained_pixels)
     options = options.model_copy(update={"detach": options.detach or bool(training_only)})
     decision: Decision | None = None
     if several_classes:
         decision = Decision(activation="sigmoid", thresholds=(0.5,) * len(labels))
     accuracy_check = check_photos(options, preprocess, tuple(labels), decision)
+    pixel_check = None
+    if trained_pixels is not None:
+        photos = None if accuracy_check is None else accuracy_check.photos()
+        pixel_check = PixelCheck(trained_pixels, photos, allowed=allow_other_pixels)
+        pixel_check.check_size(preprocess)
+        rules_warnings += trained_pixels.warn_of_kinds(preprocess)
 
     with reporting(on_step), prepared(trained, training_only, logits_key) as network:
         # Check and capture the network. A single logit tells two classes apart.
@@ -181,9 +211,18 @@ def export_network(
             config=config,
             sha256=_hash_network(admitted.trained) if sha256 is None else sha256,
             decision=decision,
+            compare_pixels=partial(
+                _compare_pixels,
+                pixel_check,
+                network,
+                preprocess,
+                several_classes=several_classes,
+            ),
             warnings=(
                 *warnings,
+                *rules_warnings,
                 *_describe_two_classes(admitted, labels),
+                *(_warn_of_two_normalizations(admitted) if pixel_check is None else ()),
                 *admitted.warnings,
                 *removable_warnings,
             ),
@@ -196,6 +235,26 @@ def export_network(
             accuracy_check,
             started,
         )
+
+
+def _compare_pixels(
+    check: PixelCheck | None, network: nn.Module, rules: Preprocess, *, several_classes: bool
+) -> PixelComparison | None:
+    """Run *check* for *network* and its *rules*; None without a check."""
+    if check is None:
+        return None
+    return check.run(network, rules, several_classes=several_classes)
+
+
+def _warn_of_two_normalizations(admitted: Admitted) -> tuple[str, ...]:
+    """Return a warning if the network seems to normalize images that the rules have normalized."""
+    rules = admitted.preprocess
+    if not admitted.normalizes_itself or (set(rules.mean) == {0} and set(rules.std) == {1}):
+        return ()
+    return (
+        "the network shifts or scales its input itself, so images may be normalized twice: give the transform of "
+        "the validation (--transform) or, if it takes values from 0 to 1, the preprocessing rules none",
+    )
 
 
 def _describe_two_classes(admitted: Admitted, labels: Sequence[str]) -> tuple[str, ...]:
