@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from sopdeploy_export.pack.results import Exported
 
 
+TRANSFORMERS = "transformers"  # as a network: a folder of Hugging Face Transformers
+
+
 def show_export(exported: "Exported", *, verbose: bool = False) -> None:
     """Print what the network is, what was checked, and the warnings.
 
@@ -149,6 +152,8 @@ def _export_weights(
     # What the user says about the network: classes, preprocessing, name. Mistakes are found before
     # torch is imported, which the preprocessing of timm does.
     labels = None if source.labels is None else read_class_names(source.labels)
+    if source.network == TRANSFORMERS:
+        return _export_folder(weights, out, labels, source, options, on_step)
     check_is_weights(weights)
     check_builder("network", str(source.network), source.option)
     if source.plain is not None:
@@ -211,6 +216,58 @@ def _export_weights(
         config=_describe_source(source, loaded.table),
         sha256=loaded.sha256,
         warnings=(*loaded.warnings, *order_warnings),
+        on_step=on_step,
+    )
+
+
+def _export_folder(
+    folder: Path,
+    out: Path,
+    labels: tuple[str, ...] | None,
+    source: NetworkExportOptions,
+    options: ExportOptions,
+    on_step: Callable[[str], None],
+) -> "Exported":
+    """Export the image classifier that Transformers saved in *folder*, with the class names *labels* if given."""
+    for name in ("option", "plain", "plain_option", "weights_key", "ignore", "logits_key"):
+        if getattr(source, name):
+            raise ConfigError(
+                f"does not apply to a folder of {TRANSFORMERS}; omit it", setting=name
+            )
+    preprocess = None if source.preprocess is None else read_preprocess(source.preprocess)
+    from sopdeploy_export.user_network.builder import import_transform
+    from sopdeploy_export.user_network.export_network import export_network
+    from sopdeploy_export.user_network.transformers_folder import (
+        LOGITS,
+        check_is_folder,
+        open_folder,
+    )
+
+    check_is_folder(folder)
+    on_step("building the network")
+    opened = open_folder(folder)
+    transform = opened.transform
+    if source.transform is not None:
+        transform = import_transform(source.transform, source.transform_takes)
+    order_warnings = () if labels is None else check_order(labels, opened.labels, folder)
+
+    return export_network(
+        opened.network,
+        rebuild=opened.build,
+        training_only=source.training_only,
+        labels=labels or opened.labels,
+        preprocess=preprocess,
+        transform=transform,
+        destination=out,
+        name=options.name or file_project(folder),
+        logits_key=LOGITS,
+        allow_constants=source.allow_constants,
+        several_classes=source.several_classes,
+        allow_other_pixels=source.allow_other_pixels,
+        options=options,
+        config=_describe_source(source, ""),
+        sha256=opened.sha256,
+        warnings=order_warnings,
         on_step=on_step,
     )
 

@@ -10,7 +10,12 @@ from torch.export import ExportedProgram
 from sopdeploy.base.names import label_problem
 from sopdeploy.bundle.decision import Decision
 from sopdeploy.bundle.listing import read_bundles
-from sopdeploy.bundle.manifest import EMBEDDING, Manifest, TemperatureScaling
+from sopdeploy.bundle.manifest import (
+    EMBEDDING,
+    Manifest,
+    PixelComparison,
+    TemperatureScaling,
+)
 from sopdeploy.errors import CertificateError, CheckpointError, ConfigError, DetachError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
@@ -28,6 +33,8 @@ from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import Captured, check_photos, export_subject
+from sopdeploy_export.pixels.compare import PixelCheck
+from sopdeploy_export.pixels.own_training import pixels_of_training
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.progress import Step, reporting, step
 from sopdeploy_export.prove.networks import Compared
@@ -73,6 +80,11 @@ def export_checkpoint(
         options, checkpoint.preprocess, checkpoint.labels, decision, checkpoint.origin
     )
 
+    # The pixels of the training are read by its own code, which need not be the server's for ever.
+    several_classes = decision is not None and decision.is_multi_label
+    compare_pixels = partial(
+        _compare_pixels, network, checkpoint.preprocess, several_classes=several_classes
+    )
     subject = ExportSubject(
         name=checkpoint.model,
         project=project,
@@ -85,6 +97,7 @@ def export_checkpoint(
         decision=decision,
         training=checkpoint.training,
         origin=checkpoint.origin,
+        compare_pixels=compare_pixels,
         warnings=warnings,
     )
     capture = partial(
@@ -98,6 +111,23 @@ def export_checkpoint(
     del checkpoint  # frees its weights, of which the network has copies
     with reporting(on_step):
         return export_subject(subject, destination, options, capture, accuracy_check, started)
+
+
+def _compare_pixels(
+    network: Classifier, rules: Preprocess, *, several_classes: bool
+) -> PixelComparison:
+    """Compare the pixels of the training of *network* with those of its *rules* on a server.
+
+    Raises `CertificateError` if they differ by more than rounding.
+    """
+    check = PixelCheck(pixels_of_training(network, rules), None, allowed=True)
+    comparison = check.run(network, rules, several_classes=several_classes)
+    if comparison.differences:
+        raise CertificateError(
+            f"the server gives the network other pixels than the training: {comparison.describe()}; report this "
+            "as a bug"
+        )
+    return comparison
 
 
 def _check_labels_and_parts(

@@ -91,7 +91,7 @@ class NetworkOptions(Options):
     KEYS: ClassVar[tuple[str, ...]] = ("logits_key", "ignore", "allow_constants")
 
     network: str | None = None
-    """Builder of the network, package.module:callable."""
+    """Builder of the network, package.module:callable; timm:NAME; or transformers for a folder of save_pretrained."""
     option: tuple[str, ...] = ()
     """Option KEY=VALUE of the network, a Python literal or text; repeatable."""
     preprocess: str | None = None

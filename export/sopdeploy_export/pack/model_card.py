@@ -30,6 +30,13 @@ MARKDOWN = re.compile(
     r"([\\`*\[\]#~|!@]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//))", re.IGNORECASE
 )
 MARKS = {True: "✓", False: "!", None: "-"}  # whether a statement holds, as `Check.holds` says
+# Front matter for the Hugging Face Hub. Only the owner of the network knows its license.
+HUB_FIELDS = """---
+pipeline_tag: image-classification
+library_name: sopdeploy
+license: unknown
+---
+"""
 INT8_SESSION = f"""
 In your own program, open model.onnx with this option. Without it, ONNX Runtime computes other results on
 x86 processors without VNNI:
@@ -162,9 +169,12 @@ def render_model_card(
     graying = ""
     if preprocess.channels == 1:
         graying = "the graph makes it\ngray (ITU-R BT.601: 0.299 R + 0.587 G + 0.114 B);\n"
+    if preprocess.color_order == "BGR":
+        graying = "the graph puts blue\nfirst;\n"
     int8 = results.precision.quantisation
     session = INT8_SESSION if int8 is not None and int8.runtime == "cpu" else ""
-    return f"""# {subject.project}
+    return f"""{HUB_FIELDS}
+# {subject.project}
 
 An image classifier: {as_markdown(results.headline)}. Exported by sopdeploy {fields["versions"]["sopdeploy"]}.
 
@@ -201,6 +211,8 @@ lists removed tensors and hashes, `parity.json` the numerical error of every out
 def _describe_resizing(preprocess: Preprocess) -> str:
     """Say how an image gets the size of the input, with line breaks as in the model card; ends in ";"."""
     by = preprocess.interpolation
+    if not preprocess.antialias:
+        by += " without antialiasing, like OpenCV"
     side = preprocess.crop
     if preprocess.fit == "crop":
         return f"Resize the\nshorter side of an image to {preprocess.resize} pixels ({by}), then crop the center;"

@@ -4,6 +4,7 @@
 names that the user typed: never because of a checkpoint or a bundle.
 """
 
+import importlib
 import pkgutil
 import socket
 import sys
@@ -18,9 +19,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sopdeploy.errors import ConfigError, first_line
+from sopdeploy.models.timm_networks import import_timm
 from sopdeploy_export.options import Takes
 from sopdeploy_export.pixels.transform import Transform
-from sopdeploy_export.user_network.import_path import check_builder, parse_option
+from sopdeploy_export.user_network.import_path import TIMM, check_builder, parse_option
 
 _ADVICE_IMPORT = (
     "mend or install that, and put what a script does below `if __name__ == '__main__':`"
@@ -42,7 +44,7 @@ def network_builder(
     """
     check_builder(setting, import_path, option_texts)
     invalid = partial(ConfigError, setting=setting, value=import_path)
-    builder = _import_callable(import_path, invalid)
+    builder = _find_timm(import_path) or _import_callable(import_path, invalid)
     options = dict(map(parse_option, option_texts))
     first_names = list[str]()  # of the tensors of the network that the first call builds
 
@@ -75,6 +77,17 @@ def network_builder(
         return network
 
     return build
+
+
+def _find_timm(import_path: str) -> Callable[..., Any] | None:
+    """Return what builds the network of *import_path*, `timm:NAME`; None if this is no name of timm's.
+
+    Raises the errors of `import_timm`.
+    """
+    package, _, name = import_path.partition(":")
+    if package != TIMM or hasattr(importlib.import_module(TIMM), name):  # timm:create_model
+        return None
+    return partial(import_timm(name).create_model, name)
 
 
 def import_transform(import_path: str, takes: Takes | None = None) -> Transform:

@@ -12,6 +12,7 @@ from typing import Any
 from sopdeploy.errors import ConfigError
 
 WORDS = {"true": True, "false": False}  # as in TOML
+TIMM = "timm"  # in front of a name of timm's, as in timm:resnet50
 NO_LITERALS = {"none", "null", "nil", "yes", "no", "on", "off", "true", "false"}
 
 

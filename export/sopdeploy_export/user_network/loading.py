@@ -208,9 +208,13 @@ def _in_shapes_of(
         elif tensor.shape == shape:
             reshaped[name] = tensor
         else:
+            # In the last layer, only the number of classes differs.
+            is_of_classes = name == [*expected][-1] or name.endswith(("weight", "bias"))
+            is_of_classes &= tensor.ndim > 0 and tensor.shape[1:] == shape[1:]
             raise WeightsError(
                 f"{path}: {name} is {tuple(tensor.shape)} in the file and {tuple(shape)} in the network; "
-                "check its options"
+                "check its options",
+                remedies={"option": f"num_classes={len(tensor)}"} if is_of_classes else None,
             )
     return reshaped
 

@@ -34,7 +34,15 @@ def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Expo
     assert not re.search(r"[<>]|(?<!\\)\[|(?<!\\)https?:", card)
     assert "\u202e" not in card
     assert card.count("\n- proved: ") == 2
-    assert card.count("\n- measured: ") == 3
+    assert card.count("\n- measured: ") == 4
+
+
+def test_the_model_card_begins_with_the_fields_of_the_hub(branched: Exported) -> None:
+    _, fields, text = (branched.path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert {line.partition(":")[0] for line in fields.splitlines()} == {
+        *("pipeline_tag", "library_name", "license")
+    }
+    assert text.startswith("\n# ")
 
 
 @pytest.mark.parametrize("name", ["dsop-resnet8", "gsop-net1-resnet26"])

@@ -390,6 +390,7 @@ def test_the_certificate_says_what_was_proved_and_what_was_measured() -> None:
         checks.begin(statement)
 
     assert checks.evidence() == {
+        "Pixels": "measured",
         "Removed": "proved",
         "Graph": "proved",
         "Plain run": "measured",

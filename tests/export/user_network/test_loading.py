@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.errors import CertificateError, ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.weights.class_names import read_class_names
+from sopdeploy.weights.class_names import check_order, read_class_names
 from sopdeploy_commands.app import app
 from sopdeploy_commands.rules import read_preprocess
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS, choose_output
@@ -520,6 +520,48 @@ def test_a_network_that_does_not_load_the_file_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("content", "labels"),
+    [
+        ({"class_names": ["b", "a"]}, ("b", "a")),
+        ({"classes": ("b", "a")}, ("b", "a")),
+        ({"id2label": {0: "b", 1: "a"}}, ("b", "a")),
+        ({"metadata": {"class_names": ["b", "a"], "epoch": 3}}, ("b", "a")),
+        ({"hyper_parameters": {"classes": 2}}, None),
+        ({"classes": ["b", "a"], "class_to_idx": {"b": 0, "a": 1}}, ("b", "a")),
+        ({"classes": ["a", "b"], "class_to_idx": {"b": 0, "a": 1}}, None),  # which order?
+    ],
+)
+def test_class_names_are_found_under_the_keys_that_people_use(
+    content: dict[str, Any], labels: Any, tmp_path: Path
+) -> None:
+    torch.save({"model": STATE, **content}, tmp_path / "w.pth")
+    assert load_weights(Small(), tmp_path / "w.pth").labels == labels
+
+
+@pytest.mark.parametrize(
+    ("given", "in_file", "num_warnings"),
+    [
+        ("ab", "ab", 0),
+        ("ab", None, 0),
+        ("xy", "ab", 1),
+        ("abc", "ab", 1),
+        ("ba", "ab", None),  # refused
+        ("bca", "abc", None),
+    ],
+)
+def test_the_order_of_the_names_is_compared_with_the_file(
+    given: str, in_file: str | None, num_warnings: int | None
+) -> None:
+    known = None if in_file is None else tuple(in_file)
+    if num_warnings is None:
+        with pytest.raises(ConfigError) as refused:
+            check_order(given, known, Path("w.pth"))
+        assert refused.value.setting == "labels"
+        return
+    assert len(check_order(given, known, Path("w.pth"))) == num_warnings
+
+
+@pytest.mark.parametrize(
     ("numbers", "labels"),
     [
         ({"a": 1, "b": 0}, ("b", "a")),
@@ -859,9 +901,18 @@ UNBUILDABLE = ("--network", f"{MODULE}:unbuildable")
     ("arguments", "message"),
     [
         (("--labels", "names.txt"), "--labels: "),
+        (("--network", f"{MODULE}:Small"), "--labels: "),
+        (("--network", f"{MODULE}:Small", "--labels", "classes.txt"), "--preprocess: "),
         (
-            ("--network", f"{MODULE}:Small"),
-            "--preprocess: ",
+            (
+                "--network",
+                f"{MODULE}:Small",
+                "--labels",
+                "classes.txt",
+                "--transform",
+                "nowhere",
+            ),
+            "--transform",
         ),
         ((*UNBUILDABLE, "--preprocess", "imagenet"), "--labels: "),
         (
@@ -876,7 +927,7 @@ UNBUILDABLE = ("--network", f"{MODULE}:unbuildable")
             ),
             "Smal",
         ),
-        (("--network", f"{MODULE}:unbuildable", "--option", "x=1"), "--preprocess: "),
+        (("--network", f"{MODULE}:unbuildable", "--option", "x=1"), "--labels: "),
     ],
 )
 def test_options_that_do_not_fit_together_are_one_line(
