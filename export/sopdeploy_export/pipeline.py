@@ -121,7 +121,7 @@ def export_subject(
         kind = _prove_graphs(trained, subject.detachment, preprocess, options.batch, checks)
         if sum(tensor.nbytes for tensor in trained.tensors.values()) > MANY_BYTES:
             gc.collect()  # the plain network refers to itself, so nothing else frees it
-        file = write_file(trained, plain, parts, preprocess, options, folder, accuracy_check)
+        file = write_file(trained, plain, subject, options, folder, accuracy_check)
         measured = _measure(trained, plain, file, images, parts, options, checks)
 
         # Write the bundle.

@@ -1,5 +1,6 @@
 """The file of an export: the captured network in ONNX, in the precision of the export."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +13,7 @@ from sopdeploy.base.files import GRAPH, GRAPH_DATA
 from sopdeploy.bundle.onnx_root import NO_WEIGHTS, onnx_root
 from sopdeploy.bundle.sealed import view_file
 from sopdeploy.errors import LoweringError
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.version import __version__
 from sopdeploy_export.capture.deployed import output_names
 from sopdeploy_export.lower.accuracy import AccuracyCheck
 from sopdeploy_export.lower.precision import (
@@ -28,6 +29,7 @@ from sopdeploy_export.progress import step
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.plain_run import measure_plain_run
 from sopdeploy_export.runs import PlainOutputs, open_session
+from sopdeploy_export.subject import ExportSubject
 
 
 class ExportedFile(NamedTuple):
@@ -74,16 +76,18 @@ def _lower_trained(
 def write_file(
     trained: Compared,
     plain: PlainOutputs,
-    parts: tuple[str, ...],
-    preprocess: Preprocess,
+    subject: ExportSubject,
     options: ExportOptions,
     folder: Path,
     accuracy_check: AccuracyCheck | None,
 ) -> ExportedFile:
     """Convert the network *trained* to ONNX, then to the precision; write the file to *folder* and load it.
 
-    *parts* of the network are removed, and *plain* is its plain run.
+    *plain* is its plain run. The file names the classes and the rules of *subject*, for programs that get it
+    without the bundle.
     """
+    parts = subject.detachment.training_only
+    preprocess = subject.preprocess
     user_images = NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
 
     with TemporaryDirectory(dir=folder.parent) as temporary:
@@ -101,6 +105,12 @@ def write_file(
         shipped_root = root
         if options.precision != "fp32":
             shipped_root = onnx_root(converted.model, _weights_in(folder))
+        properties = {
+            "labels": json.dumps(subject.labels, ensure_ascii=False),
+            "preprocess": preprocess.model_dump_json(),
+            "sopdeploy": __version__,
+        }
+        onnx.helper.set_model_props(converted.model, properties)
         (folder / GRAPH).write_bytes(converted.model.SerializeToString(deterministic=True))
 
         # Free the weights before the runtime loads them again.

@@ -1,9 +1,11 @@
 """What an export prints, and its model card."""
 
+import json
 import re
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 import torch
 
@@ -37,8 +39,21 @@ def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Expo
     assert card.count("\n- measured: ") == 4
 
 
+def test_the_graph_names_its_classes_and_rules(branched: Exported) -> None:
+    properties = onnx.load(
+        branched.path / "model.onnx", load_external_data=False
+    ).metadata_props
+    values = {
+        item.key: json.loads(item.value) for item in properties if item.key != "sopdeploy"
+    }
+    assert values["labels"] == json.loads((branched.path / "labels.json").read_bytes())
+    assert Preprocess(**values["preprocess"]) == branched.manifest.preprocess
+
+
 def test_the_model_card_begins_with_the_fields_of_the_hub(branched: Exported) -> None:
-    _, fields, text = (branched.path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    _, fields, text = (
+        (branched.path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    )
     assert {line.partition(":")[0] for line in fields.splitlines()} == {
         *("pipeline_tag", "library_name", "license")
     }
