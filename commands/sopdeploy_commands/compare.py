@@ -5,7 +5,6 @@ Letter: N images.
 
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -166,11 +165,7 @@ def compare(
         BundleError: A bundle is damaged.
     """
     settings = load_settings()
-
-    # The folders to which the links lead: without this, `load_model` would take `latest` for the
-    # live bundle of the project, which is what new bundles are compared with.
-    pair = [load_model(Path(os.path.realpath(path)), settings) for path in (first, second)]
-
+    pair = [load_model(path, settings) for path in (first, second)]
     return compare_loaded(pair, data, settings, tolerance=tolerance, on_image=on_image)
 
 

@@ -9,6 +9,7 @@ import pydantic
 
 from sopdeploy.base.config import Options
 from sopdeploy.bundle.decision import ACCEPTS, Decision
+from sopdeploy.bundle.folder import follow_link
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.data.photos.files import data_folder
@@ -47,7 +48,7 @@ class Evaluation:
     """The metrics of a checkpoint or a bundle on a folder of images.
 
     Attributes:
-        source: The evaluated checkpoint or bundle.
+        source: The evaluated checkpoint or bundle, without the links `latest` and `live`.
         kind: What *source* is.
         facts: Name, runtime and device of a bundle; empty for a checkpoint.
         metrics: Accuracies with intervals, log loss, precision and recall by class, confusion matrix. With
@@ -156,7 +157,9 @@ def evaluate(
         >>> evaluation.metrics.count
         60
     """
-    path = Path(source)
+    # A link leads to another run or bundle later.
+    path = follow_link(Path(source))
+    path = follow_link(path.parent) / path.name if path.is_file() else path
     data = Path(data)
     # A folder of bundles is an error that names one of them.
     is_bundle = what_is(path) in {"bundle", "bundles"}
@@ -195,7 +198,7 @@ def evaluate(
         notes += describe_exchanged([row.label for row in metrics.classes], metrics.confusion)
 
     return Evaluation(
-        source=str(source),
+        source=str(path),
         kind=kind,
         facts=facts,
         metrics=metrics,

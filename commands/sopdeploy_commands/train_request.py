@@ -5,6 +5,7 @@ What needs no torch is checked first, so that a wrong path is an error at once.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pydantic
@@ -235,17 +236,21 @@ def read_previous(source: Path) -> "Checkpoint":
     Raises `ConfigError` if the run of a bundle is not there or is another one by now, or if a
     checkpoint is not of a run, and the errors of `read_checkpoint`.
     """
-    from sopdeploy.bundle.folder import read_manifest
+    from sopdeploy.bundle.folder import follow_link, read_manifest
     from sopdeploy.training.records.results import read_result
     from sopdeploy.weights.checkpoint import read_checkpoint
 
     run = source
     run_id = None
     if what_is(source) == "bundle":  # it names its run
-        exported_from = read_manifest(source).origin
+        manifest = read_manifest(follow_link(source))
+        exported_from = manifest.origin
         if exported_from is None or not (RUNS / exported_from.run / BEST).is_file():
+            run_name = "its run" if exported_from is None else f"its run {exported_from.run}"
             raise ConfigError(
-                f"{source}: its run is not in {RUNS}; give the run", setting="from"
+                f"{source}: {run_name} is not in {RUNS}; put it back, or start afresh without --from "
+                f"and with --name {quote(manifest.project)}",
+                setting="from",
             )
         run = RUNS / exported_from.run
         run_id = exported_from.run_id

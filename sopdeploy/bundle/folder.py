@@ -12,14 +12,13 @@ import os
 import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sopdeploy.base.files import (
     GRAPH,
     GRAPH_DATA,
-    LATEST,
     MANIFEST,
     POINTER,
     POINTER_ADVICE,
@@ -27,9 +26,9 @@ from sopdeploy.base.files import (
     open_regular,
     os_reason,
     read_at_most,
+    target_of,
 )
 from sopdeploy.base.names import read_labels
-from sopdeploy.bundle.live import read_live
 from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest
 from sopdeploy.bundle.sealed import HashedBlocks, SealedFile
 from sopdeploy.errors import BundleError
@@ -95,30 +94,11 @@ class Bundle:
 
 
 def follow_link(path: Path) -> Path:
-    """Return the bundle that *path* means now: for a link, where it leads; for `latest`, the live bundle.
+    """Return where *path* leads now, through no other link: `latest` to the newest bundle, `live` to the live one.
 
-    `latest` leads to the last export, which `promote` may have refused. If `promote` has recorded
-    a live bundle of the same project beside this link, that one is meant. Raises `ConfigError`
-    if the log of promotions cannot be read.
+    The links mean the same in every command. What is no link stays as it is.
     """
-    if not path.is_symlink():
-        return path
-
-    # Other links mean the bundle to which they lead now.
-    target = path.parent / path.readlink()
-    if path.name != LATEST or not (live := read_live(path.parent).live):
-        return target
-
-    # Of the live bundles, the one of the project that the link leads to.
-    try:
-        project = read_manifest(target).project
-    except BundleError:  # its reader names the problem
-        return target
-    for other in map(Path, live):
-        with suppress(BundleError):
-            if read_manifest(other).project == project:
-                return path.parent / os.path.relpath(other, os.path.realpath(path.parent))
-    return target
+    return path.parent / target_of(path, path) if path.is_symlink() else path
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -149,16 +129,8 @@ def open_bundle(path: str | Path, *, with_graph: bool = True) -> Bundle:
     Raises `BundleError` that names the first file whose path, size or hash differs from the
     manifest.
     """
-    meant = note_meaning(Path(path))
-    return read_files(meant, read_manifest(meant), with_graph=with_graph)
-
-
-def note_meaning(path: Path) -> Path:
-    """Return `follow_link` of *path*, with a line in the log if that is not where the link leads."""
-    meant = follow_link(path)
-    if os.path.realpath(meant) != os.path.realpath(path):
-        log.warning("%s: the live bundle is used, %s", path, meant)
-    return meant
+    target = follow_link(Path(path))
+    return read_files(target, read_manifest(target), with_graph=with_graph)
 
 
 def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bundle:

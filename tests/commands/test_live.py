@@ -1,11 +1,13 @@
-"""Where `promote` has recorded a live bundle, every command means it, and never a refused one."""
+"""`latest` is the newest bundle and `live` the promoted one in every command; a folder serves the live one."""
 
 import asyncio
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import follow_link, open_bundle, read_files
@@ -13,6 +15,8 @@ from sopdeploy.bundle.listing import list_bundles
 from sopdeploy.bundle.live import LOG
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy_commands.app import app
+from sopdeploy_commands.compare import compare
+from sopdeploy_commands.evaluate import evaluate
 from sopdeploy_commands.predict import predict
 from sopdeploy_commands.runs_page import RunRow, list_runs, write_runs_page
 from sopdeploy_commands.verify import verify
@@ -21,7 +25,7 @@ from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model_registry import ModelRegistry
 from sopdeploy_service.settings import Settings
 from tests.sopdeploy.data.folders.test_folder import make
-from tests.support.service import write_bundle
+from tests.support.service import LABELS, write_bundle
 
 DAYS = [f"2026-11-2{day}T10:00:00.000000Z" for day in range(4)]
 SETTINGS = Settings(threads=1)
@@ -134,62 +138,80 @@ def test_other_projects_of_the_folder_are_served_as_before(
     assert set(served(folder)) == {other.name, versions[0].name}
 
 
-# What each command does with `bundles/latest` or the folder; the name of the bundle it means.
-def named_by_serve(folder: Path) -> str:
-    found = find_bundles(
-        [folder / "latest"], lambda _, path, manifest: read_files(path, manifest)
-    )
+# What each command does with a link; the name of the bundle it means.
+def named_by_serve(link: Path) -> str:
+    found = find_bundles([link], lambda _, path, manifest: read_files(path, manifest))
     return found["tiny"].path.name
 
 
-def named_by_predict(folder: Path) -> str:
+def named_by_predict(link: Path) -> str:
     with pytest.raises(BundleError) as error:  # it names the bundle
-        predict(folder / "latest", b"x", require_signature=folder / "no.pub")
-    [named] = [path.name for path in folder.iterdir() if f"{path}: " in str(error.value)]
+        predict(link, b"x", require_signature=link.parent / "no.pub")
+    [named] = [path.name for path in link.parent.iterdir() if f"{path}: " in str(error.value)]
     return named
 
 
+def write_labelled(folder: Path) -> Path:
+    for number, label in enumerate(LABELS * 10):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 256, (20, 20, 3), np.uint8)
+        Image.fromarray(noise).save(folder / label / f"{number}.png")
+    return folder
+
+
+def named_by_compare(link: Path) -> str:
+    photos = write_labelled(link.parent.parent / "photos")
+    return compare(link, link, photos).second.bundle
+
+
+def named_by_eval(link: Path) -> str:
+    evaluation = evaluate(link, write_labelled(link.parent.parent / "photos"))
+    assert Path(evaluation.source).name == evaluation.facts["bundle"]
+    return evaluation.facts["bundle"]
+
+
 COMMANDS = {
-    "open_bundle": lambda folder: open_bundle(folder / "latest").path.name,
+    "open_bundle": lambda link: open_bundle(link).path.name,
     "serve": named_by_serve,
-    "follow": lambda folder: links_among([folder / "latest"])[folder / "latest"].name,
+    "follow": lambda link: links_among([link])[link].name,
     "predict": named_by_predict,
-    "verify": lambda folder: verify(folder / "latest", SETTINGS).bundle,
-    "the page of runs": lambda _: next(row.bundle for row in list_runs() if row.live),
+    "verify": lambda link: verify(link, SETTINGS).bundle,
+    "compare": named_by_compare,
+    "eval": named_by_eval,
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_means_the_live_bundle_by_latest(
+def test_every_command_means_the_newest_bundle_by_latest_and_the_live_one_by_live(
     command: str, folder: Path, versions: list[Path]
 ) -> None:
     record(folder, versions[1])
     record(folder, versions[2], refused=True)
 
-    assert COMMANDS[command](folder) == versions[1].name
+    assert COMMANDS[command](folder / "latest") == versions[2].name
+    assert COMMANDS[command](folder / "live") == versions[1].name
 
 
-def test_a_refused_bundle_is_used_if_it_is_named(
+def test_serve_warns_of_a_newest_bundle_that_is_not_live(
     folder: Path, versions: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    record(folder, versions[0])
-    record(folder, versions[2], refused=True)
-    assert open_bundle(versions[2]).path == versions[2]
+    named_by_serve(folder / "latest")  # nothing is live
+    record(folder, versions[2])
+    named_by_serve(folder / "latest")
     assert caplog.records == []
 
-    open_bundle(folder / "latest")
-    assert versions[0].name in caplog.text
-
-
-def test_latest_of_a_project_without_a_live_bundle_is_where_it_leads(
-    folder: Path, versions: list[Path]
-) -> None:
     record(folder, versions[0])
-    other = write_bundle(folder, project="hats", exported_at=DAYS[3])
-    (folder / "latest").unlink()
-    (folder / "latest").symlink_to(other.name)
+    for name, warns in {"latest": True, "live": False, versions[2].name: False}.items():
+        caplog.clear()
+        named_by_serve(folder / name)
+        assert bool(caplog.records) == warns
 
-    assert follow_link(folder / "latest").name == other.name
+
+def test_a_link_to_a_link_leads_to_the_bundle(folder: Path, versions: list[Path]) -> None:
+    (folder / "live").symlink_to("latest")
+    assert follow_link(folder / "live").name == versions[2].name
+    assert follow_link(versions[0]) == versions[0]
+    assert follow_link(folder / "missing") == folder / "missing"
 
 
 def test_runs_show_what_is_live_refused_and_newest(folder: Path, versions: list[Path]) -> None:

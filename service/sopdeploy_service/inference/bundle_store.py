@@ -5,19 +5,16 @@ served), or `NAME=BUNDLE`. Clients use NAME or, without it, the name of the proj
 """
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from sopdeploy.base.files import has_manifest
-from sopdeploy.bundle.folder import (
-    Bundle,
-    follow_link,
-    note_meaning,
-    read_manifest,
-)
+from sopdeploy.base.files import LATEST, has_manifest
+from sopdeploy.bundle.folder import Bundle, follow_link, read_manifest
 from sopdeploy.bundle.listing import describe_projects, list_bundles
+from sopdeploy.bundle.live import read_live
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.paths import describe_wrong
@@ -76,7 +73,8 @@ def find_bundles(
     bundles: dict[str, Bundle] = {}
     for chosen_name, source in map(_parse_source, sources):
         # A link is followed once: manifest and files are then those of one bundle, even if it moves.
-        path = note_meaning(source)
+        path = follow_link(source)
+        _warn_if_not_live(source, path)
 
         # In a folder of bundles, each project is a name.
         if not chosen_name and path.is_dir() and not has_manifest(path):
@@ -97,6 +95,15 @@ def find_bundles(
         if name not in bundles or not bundles[name].manifest.has_content_of(manifest):
             _add(bundles, name, read(name, path, manifest))
     return bundles
+
+
+def _warn_if_not_live(source: Path, bundle: Path) -> None:
+    """Log a warning if *source* is the link `latest` to a *bundle*, and others beside it are live."""
+    if source.name != LATEST or not source.is_symlink():
+        return
+    live = read_live(source.parent).live
+    if live and os.path.realpath(bundle) not in live:
+        log.warning("%s: leads to the newest bundle, %s, which is not live", source, bundle)
 
 
 def _read_served(folder: Path, read: ReadNamed) -> list[Bundle]:
