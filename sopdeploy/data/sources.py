@@ -68,9 +68,9 @@ class FolderConfig(HoldOut):
     `clip1_02.jpg` together. It replaces all other groups except groups of copies.
 
     `classes_from` is `folders` if each folder is a class even if it seems to be none. It can also
-    be `subfolders` if the innermost folders are the classes, the path of a CSV file, with `:COLUMN`
-    if its heading is unusual, or a regular expression that finds the class in the names of files,
-    such as `^\\D+` for `cat.1.jpg`. `leave_out` names folders and files that are not read, also
+    be `subfolders` if the innermost folders are the classes, `paths` if the paths of these are, the path of
+    a CSV file, with `:COLUMN` if its heading is unusual, or a regular expression that finds the class in
+    the names of files, such as `^\\D+` for `cat.1.jpg`. `leave_out` names folders and files that are not read, also
     with `*`, separated by commas.
     """
 

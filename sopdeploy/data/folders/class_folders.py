@@ -3,7 +3,7 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from sopdeploy.base.files import POINTER_ADVICE
 from sopdeploy.base.nearest import nearest_names
 from sopdeploy.data.folders.causes import advise_on_files, may_hold_photographs
 from sopdeploy.data.photos.contents import Contents
-from sopdeploy.data.photos.parts import FOLDERS, SUBFOLDERS
+from sopdeploy.data.photos.parts import FOLDERS, PATHS, SUBFOLDERS
 from sopdeploy.data.photos.photo import ImageFiles
 from sopdeploy.data.photos.spelling import (
     check_labels,
@@ -46,9 +46,9 @@ def list_classes(contents: Contents, classes_from: str = "") -> ClassListing:
 
     The class of an image is the folder at the top that holds it. The images of a folder in a
     class folder are a group, unless it holds all images of the class. If *classes_from* is
-    `SUBFOLDERS`, the class is the innermost folder. If it is a regular expression, the class is what
-    it finds in the name of the file (`class_in_name`). Folders with one name in two encodings are
-    one class.
+    `SUBFOLDERS`, the class is the name of the innermost folder, with `PATHS` its path. If it is a
+    regular expression, the class is what it finds in the name of the file (`class_in_name`). Folders
+    with one name in two encodings are one class.
     """
     root = contents.root
     by_class = defaultdict[str, list[bytes]](list)  # "": no class
@@ -70,6 +70,11 @@ def list_classes(contents: Contents, classes_from: str = "") -> ClassListing:
 
     # What the user may not have intended
     notes = [f"{root}: {line}" for line in _describe_names(labels)]
+    if classes_from == SUBFOLDERS and (joined := find_joined(contents.images)):
+        notes.append(
+            f"{root}: folders with equal names are one class: {describe_joined(joined)}; "
+            f"--set data.classes_from={PATHS} keeps them apart"
+        )
     if beside and labels:
         names = shorten([*map(os.fsdecode, beside)])
         notes.append(
@@ -81,7 +86,23 @@ def list_classes(contents: Contents, classes_from: str = "") -> ClassListing:
 
 def is_pattern(classes_from: str) -> bool:
     """Tell whether *classes_from*, which names no table, is a regular expression for names of files."""
-    return classes_from not in ("", FOLDERS, SUBFOLDERS)
+    return classes_from not in ("", FOLDERS, SUBFOLDERS, PATHS)
+
+
+def find_joined(paths: Iterable[bytes]) -> dict[str, list[str]]:
+    """Find the innermost folders of *paths* that have one name in several folders, which are sorted."""
+    parents = defaultdict[str, set[str]](set)
+    for folder in {path.rpartition(b"/")[0] for path in paths} - {b""}:
+        parent, _, name = normalize(os.fsdecode(folder)).rpartition("/")
+        parents[name].add(parent)
+    return {name: sorted(several) for name, several in parents.items() if len(several) > 1}
+
+
+def describe_joined(joined: Mapping[str, Sequence[str]]) -> str:
+    """Name the first of the folders that `find_joined` found: `alpha of Greek and Latin, and so on`."""
+    name = min(joined)
+    one, other, *more = joined[name]
+    return f"{name} of {one} and {other}{', and so on' if more or len(joined) > 1 else ''}"
 
 
 def class_in_name(path: bytes, pattern: str) -> str:
@@ -99,6 +120,8 @@ def _class_of(path: bytes, classes_from: str) -> str:
     if is_pattern(classes_from):
         return class_in_name(path, classes_from)
     folder = os.fsdecode(path).rpartition("/")[0]
+    if classes_from == PATHS:
+        return normalize(folder)
     name = folder.rpartition("/")[2] if classes_from == SUBFOLDERS else folder.partition("/")[0]
     return normalize(name)
 

@@ -28,6 +28,7 @@ from sopdeploy.data.folders.table import (
     check_has_classes,
     read_label_table,
 )
+from sopdeploy.data.folders.table_search import list_tables
 from sopdeploy.data.photos.contents import Contents, list_contents
 from sopdeploy.data.photos.file_checks import find_unreadable
 from sopdeploy.data.photos.files import data_folder, naming_all_undecodable
@@ -312,9 +313,13 @@ def _describe_left_out(
                 f"{shorten(listing.empty)}"
             )
     if tables := [file for file in contents.files if is_table(file)]:
+        listing = next(list_tables(root, contents.images), None)
+        named = tables[0]
+        if listing is not None:
+            named = f"{listing.path.name}:{listing.columns[0]}".rstrip(":")
         yield (
             f"{root}: not read: {shorten(tables)}; to do so, add --set "
-            f"data.classes_from={quote(tables[0])}"
+            f"data.classes_from={quote(named)}"
         )
     if outputs := list_outputs(root):
         yield f"{root}: left out, because they are or hold bundles or runs: {shorten(outputs)}"

@@ -14,18 +14,24 @@ from shlex import quote
 from typing import NamedTuple
 
 from sopdeploy.base.config import parse_toml
-from sopdeploy.data.folders.class_folders import class_in_name
+from sopdeploy.data.folders.cells import is_table
+from sopdeploy.data.folders.class_folders import (
+    class_in_name,
+    describe_joined,
+    find_joined,
+)
 from sopdeploy.data.folders.table_search import list_needed, list_tables
 from sopdeploy.data.photos.contents import Contents
 from sopdeploy.data.photos.parts import (
     FOLDERS,
     HELD_OUT,
+    PATHS,
     SUBFOLDERS,
     TRAINING,
     is_general,
     part_kind,
 )
-from sopdeploy.data.photos.photo import LabeledImages
+from sopdeploy.data.photos.photo import ImageFiles, LabeledImages
 from sopdeploy.errors import DataError, amount, shorten
 
 # Words of folders that are rarely classes: parts of data sets, forms of pictures, and what was done with them
@@ -200,6 +206,8 @@ def doubt_folders(contents: Contents) -> Doubts:
         )
     if len(tops) < 2 and not doubts:
         doubts["is the only one"] = sorted(tops)
+    if tables := _find_other_classes(contents):
+        doubts["with other classes for all images"] = tables
     return doubts
 
 
@@ -253,6 +261,17 @@ def _find_masks(contents: Contents) -> list[str]:
     """List the images, without suffix, that add a word for masks to the name of another one."""
     files = {os.fsdecode(path).rpartition(".")[0] for path in contents.images}
     return [file for file in files if MASK_OF.sub("", file) in files - {file}]
+
+
+def _find_other_classes(contents: Contents) -> list[str]:
+    """Name the CSV files beside the folders that give all images classes other than these folders."""
+    if not any(map(is_table, contents.files)):
+        return []
+    return [
+        table.path.name
+        for table in list_tables(contents.root, contents.images)
+        if table.lists_all and table.names_classes and not table.repeats_folders
+    ]
 
 
 def _name_no_classes(names: Iterable[str]) -> list[str]:
@@ -309,20 +328,32 @@ def _propose(
     training = next(iter(parts.values()), contents)
     images = list_needed(training)[0]
 
-    # Data sets inside, unless it is divided into parts
-    is_divided = training.root != root and all(map(part_kind, contents.tops))
-    base = root if is_divided else training.root
-    for folder in () if is_divided else _find_data_sets(contents):
-        yield Reading(root / folder, leave_out=leave_out)
-
-    yield from _propose_tables(contents, training, parts)
-
-    # The folders without those that are not classes
+    # Names of folders that are not classes
     def without(*names: str) -> str:
         return ",".join(filter(None, [leave_out, *names]))
 
     folders = {name for path in images for name in os.fsdecode(path).split("/")[1:-1]}
     forms = [name for name in sorted(folders) if _is_not_a_class(name) and not is_general(name)]
+
+    # Data sets inside, unless it is divided into parts. If their classes have equal names, all of them
+    # are likelier one data set.
+    is_divided = training.root != root and all(map(part_kind, contents.tops))
+    base = root if is_divided else training.root
+    inside = [] if is_divided else _find_data_sets(contents)
+    joined = {name for name in find_joined(images) if not _is_not_a_class(name)}
+    if not joined:
+        yield from (Reading(root / folder, leave_out=leave_out) for folder in inside)
+
+    yield from _propose_tables(contents, training, parts)
+
+    # A number does not mean the same in every folder, a name mostly does.
+    if joined:
+        are_numbers = all(re.fullmatch(r".*\d\W*", name) for name in joined)
+        for way in (PATHS, SUBFOLDERS) if are_numbers else (SUBFOLDERS, PATHS):
+            yield Reading(root, way, without(*forms))
+        yield from (Reading(root / folder, leave_out=leave_out) for folder in inside)
+
+    # The folders without those that are not classes
     if masks := _find_masks(training):
         words = sorted({match[1] for mask in masks if (match := MASK_OF.search(mask))})
         yield Reading(base, FOLDERS, without(*(f"*{word}*" for word in words)))
@@ -393,10 +424,13 @@ def _describe(
         key = frozenset(counts.items())
         if len(counts) > 1 and key not in shown:
             shown.add(key)
-            yield (
-                reading.command,
-                shorten([f"{label} {count:,}" for label, count in counts.items()]),
-            )
+            classes = shorten([f"{label} {count:,}" for label, count in counts.items()])
+            joined = {}
+            if reading.classes_from == SUBFOLDERS and isinstance(images, ImageFiles):
+                joined = find_joined(images.paths.tolist())
+            if joined:
+                classes += f"; joins {describe_joined(joined)}"
+            yield reading.command, classes
 
 
 def _as_value(text: str) -> str:

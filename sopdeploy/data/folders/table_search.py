@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,18 +23,25 @@ from sopdeploy.data.photos.spelling import lookalike_key
 from sopdeploy.errors import DataError
 
 PER_CLASS = 3  # rows that a class has on average
+NAMES_CLASSES = re.compile(
+    "class|label|categor|target|species|breed", re.IGNORECASE
+)  # a heading
 
 
 class TableOfImages(NamedTuple):
     """A CSV file that lists images: whether all, and the headings of columns that may be the classes.
 
-    "" stands for a usual heading, or for all columns together if each is a class with 1 and 0.
+    "" stands for a usual heading, or for all columns together if each is a class with 1 and 0. The heading
+    of one of them `names_classes`. A table that `repeats_folders` has a column with one value for each folder
+    of the images.
     """
 
     path: Path
     lists_all: bool
     columns: list[str]
     is_certain: bool
+    names_classes: bool = False
+    repeats_folders: bool = False
 
 
 def find_listing_table(contents: Contents) -> tuple[Path, str] | None:
@@ -96,22 +104,39 @@ def _look_at(
         return None
     # A class called 1 may also be the name of an image.
     file = max(candidates, key=lambda name: len({*columns[name]}))
-    found = {find_by_name(cell, images.path_of_name) for cell in columns[file]}
-    lists_all = found >= {*images.path_in_folder.values()}
+    found = [find_by_name(cell, images.path_of_name) for cell in columns[file]]
+    lists_all = {*found} >= {*images.path_in_folder.values()}
+    folders = [(path or b"").rpartition(b"/")[0] for path in found]
 
     # The column with a usual name, the only other one, all with 1 and 0, or those with few values
     others = {name: {*cells} for name, cells in columns.items() if name != file}
     is_usual = "classes" in rename([lookalike_key(name) for name in heading])
-    if is_usual or len(columns) == 2:
-        return TableOfImages(path, lists_all, [""], is_certain=True)
+    table = TableOfImages(
+        path,
+        lists_all,
+        [""],
+        is_certain=True,
+        names_classes=is_usual or any(NAMES_CLASSES.search(name) for name in others),
+        repeats_folders=any(_is_one_to_one(folders, columns[name]) for name in others),
+    )
+    if is_usual:
+        return table
+    if len(columns) == 2:
+        return table._replace(columns=[*others])
     if len(others) > 1 and all(values <= {"0", "1"} for values in others.values()):
-        return TableOfImages(path, lists_all, [""], is_certain=False)
+        return table._replace(is_certain=False)
     few = [
         name
         for name, values in others.items()
         if 2 <= len(values) <= len(rows) / PER_CLASS and name.lower() not in (SPLIT, GROUP)
     ]
-    return TableOfImages(path, lists_all, few, is_certain=len(few) == 1) if few else None
+    return table._replace(columns=few, is_certain=len(few) == 1) if few else None
+
+
+def _is_one_to_one(keys: Sequence[object], values: Sequence[object]) -> bool:
+    """Tell whether each of *keys* stands beside one of *values* only, and each value beside one key."""
+    pairs = {*zip(keys, values, strict=True)}
+    return len(pairs) == len({*keys}) == len({*values})
 
 
 def _names_images(cells: Sequence[str], images: ListedImages) -> bool:

@@ -52,13 +52,15 @@ class ListedImages:
 
 
 def _index_names(image_paths: list[bytes]) -> dict[str, bytes | None]:
-    """Map the names of images, with and without suffix, to their paths; None if several have the name."""
+    """Map paths and names of images, with and without suffix, to their paths; None if several have the name."""
     path_of_name: dict[str, bytes | None] = {}
     for path in image_paths:
         file = PurePosixPath(normalize(os.fsdecode(path)))
         for name in {file.name, file.stem}:
             path_of_name[name] = None if name in path_of_name else path
-    return path_of_name
+    # A path in a folder means one image, even if others have its name.
+    in_folders = (path for path in image_paths if b"/" in path)
+    return path_of_name | {normalize(os.fsdecode(path)): path for path in in_folders}
 
 
 def find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes | None:

@@ -13,9 +13,11 @@ from typing import NamedTuple
 from sopdeploy.data.photos.files import holds_other_files, list_subfolders
 from sopdeploy.errors import DataError, shorten
 
-# Where the classes are, if each folder at the top is one, or each innermost folder
+# Where the classes are, if each folder at the top is one, or each innermost folder by its name, or by its
+# path: `Greek/alpha`
 FOLDERS = "folders"
 SUBFOLDERS = "subfolders"
+PATHS = "paths"
 FORMER_FILES = "files"  # a file beside each image, until 0.3
 LABELS_FILE = "labels.csv"
 TRAIN = "train"

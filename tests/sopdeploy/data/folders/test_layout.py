@@ -131,6 +131,45 @@ def test_other_folders_are_asked_about_with_commands_that_train_them(
     assert tuple(classes.split()) in ask(make(tmp_path, files))
 
 
+# The classes of the first command, and of another one
+FIRST: dict[str, tuple[list[str], str, str]] = {
+    "people": (
+        four("ann/images/happy", "ann/images/sad", "bob/images/happy", "bob/images/sad"), "happy sad",
+        "ann/images/happy ann/images/sad bob/images/happy bob/images/sad",
+    ),
+    "people with masks": (
+        four("ann/images/happy", "ann/masks/happy", "ann/images/sad", "ann/masks/sad",
+             "bob/images/happy", "bob/masks/happy", "bob/images/sad", "bob/masks/sad"), "happy sad", "ann bob",
+    ),
+    "letters of alphabets": (
+        four("Greek/character01", "Greek/character02", "Latin/character01"),
+        "Greek/character01 Greek/character02 Latin/character01", "character01 character02",
+    ),
+    "in parts": (
+        four(*(f"{part}/{letter}" for part in ("train", "val") for letter in ("A/1", "A/2", "B/1"))),
+        "A/1 A/2 B/1", "1 2",
+    ),
+    "different classes": (four("a/w", "a/x", "b/y", "b/z"), "w x", "w x y z"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "first", "other"), FIRST.values(), ids=FIRST)
+def test_the_likeliest_command_is_the_first(tmp_path, files, first, other) -> None:
+    classes = [" ".join(labels) for labels in ask(make(tmp_path, files))]
+    assert classes[0] == first
+    assert other in classes
+
+
+@pytest.mark.parametrize(("kind", "notes"), [("subfolders", 1), ("paths", 0)])
+def test_equal_names_in_several_folders_are_never_joined_silently(
+    tmp_path, kind, notes
+) -> None:
+    root = make(tmp_path, four("Greek/1", "Latin/1", "Latin/2"))
+    split = open_folder(root, kind)
+    assert len([note for note in split.notes if "Latin" in note]) == notes
+    assert split.train.labels == (("1", "2") if notes else ("Greek/1", "Latin/1", "Latin/2"))
+
+
 def test_masks_are_left_out_by_a_command_of_the_question(tmp_path) -> None:
     root = make(tmp_path, ASKED["masks"][0])
     with pytest.raises(QuestionError) as caught:

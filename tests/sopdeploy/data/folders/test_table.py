@@ -378,21 +378,39 @@ def test_each_part_may_have_a_table_of_the_same_name(tmp_path: Path, name: str) 
         open_folder(tmp_path, said)
 
 
-def test_a_table_beside_class_folders_is_named_and_read_only_on_demand(tmp_path: Path) -> None:
+# Whether a table that gives the rows of `CATS` in each folder these classes leaves the folders the classes
+BESIDE = {
+    "other classes": ("{label}/{name},{letter}", 12, False),
+    "the same classes": ("{label}/{name},{label}", 12, True),
+    "other names of the same classes": ("{label}/{name},a {label}", 12, True),
+    "not all images": ("{label}/{name},{letter}", 11, True),
+}
+
+
+@pytest.mark.parametrize(("row", "count", "is_read"), BESIDE.values(), ids=BESIDE)
+def test_a_table_beside_class_folders_is_asked_about_if_it_has_other_classes_for_all_images(
+    tmp_path: Path, row: str, count: int, is_read: bool
+) -> None:
     for label in ("cat", "dog"):
         write_beside(tmp_path / label, "x.md", [])
     rows = [
-        f"{label}/{name},{'ab'[n % 2]}"
+        row.format(label=label, name=name, letter="ab"[n % 2])
         for label in ("cat", "dog")
         for n, name in enumerate(CATS)
     ]
-    (tmp_path / "other.csv").write_text("\n".join(["file,label", *rows]), encoding="utf-8")
+    table = "\n".join(["path,class_id", *rows[:count]])
+    (tmp_path / "other.csv").write_text(table, encoding="utf-8")
 
-    split = open_folder(tmp_path)
-
-    assert split.train.labels == ("cat", "dog")
-    assert any("other.csv" in note for note in split.notes)
-    assert open_folder(tmp_path, "other.csv").train.labels == ("a", "b")
+    if is_read:
+        split = open_folder(tmp_path)
+        assert split.train.labels == ("cat", "dog")
+        assert any("other.csv:class_id" in note for note in split.notes)
+    else:
+        with pytest.raises(QuestionError) as caught:
+            open_folder(tmp_path)
+        assert caught.value.lists["readings"][0].endswith("classes_from=other.csv:class_id")
+    labels = open_folder(tmp_path, "other.csv:class_id").train.labels
+    assert len(labels) == 2
 
 
 @pytest.mark.parametrize("name", ["annotations.json", "annotations.xml", "list.txt"])
