@@ -22,7 +22,7 @@ CUBIC = -0.75  # the slope of OpenCV's and torch's cubic kernel; Pillow's is -0.
 class _Taps(NamedTuple):
     """Of each new pixel along one side, K source pixels and their weights, both (K, new side)."""
 
-    index: NDArray[np.intp]
+    position: NDArray[np.intp]
     weight: NDArray[np.float32]
 
 
@@ -47,15 +47,15 @@ def _sample(
 
     for start in range(0, height, BAND):
         band = slice(start, start + BAND)
-        first = int(rows.index[:, band].min())
-        last = int(rows.index[:, band].max())
+        first = int(rows.position[:, band].min())
+        last = int(rows.position[:, band].max())
         source = np.asarray(image.crop((0, first, image.width, last + 1)))
 
         total = np.zeros(sampled[band].shape, np.float32)
         for row, row_weight in zip(
-            rows.index[:, band] - first, rows.weight[:, band], strict=True
+            rows.position[:, band] - first, rows.weight[:, band], strict=True
         ):
-            for column, weight in zip(columns.index, columns.weight, strict=True):
+            for column, weight in zip(columns.position, columns.weight, strict=True):
                 total += source[np.ix_(row, column)] * (row_weight[:, None] * weight)[..., None]
         sampled[band] = np.rint(total).clip(0, 255)
     return Image.fromarray(sampled)
@@ -77,5 +77,5 @@ def _taps(start: float, end: float, count: int, side: int, interpolation: str) -
         weights = [outer[0], inner[0], inner[1], outer[1]]
 
     # Beyond its border, an image repeats its last pixel.
-    index = (nearest + numbers[:, None]).clip(0, side - 1).astype(np.intp)
-    return _Taps(index, np.stack(weights).astype(np.float32))
+    position = (nearest + numbers[:, None]).clip(0, side - 1).astype(np.intp)
+    return _Taps(position, np.stack(weights).astype(np.float32))

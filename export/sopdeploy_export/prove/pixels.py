@@ -6,6 +6,8 @@ large, small, wide and tall; if the transform reads files, one of them is turned
 
 Not seen: what the loader of the training does before a transform that takes a Pillow image or an array, and
 a transform that treats photos of certain sizes or contents in its own way.
+
+Refused: rules with another mean, square, way of resizing or order of colors (`tests/export/pixels/test_pixels.py`).
 """
 
 STATEMENT = (
