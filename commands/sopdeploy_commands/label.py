@@ -122,7 +122,7 @@ def label(export: Path, kept: Path, *, photos: Path = Path("photos")) -> Labelle
         _move(found, folder)
         moved[str(folder)] += 1
     return Labelled(
-        rows=rows.count,
+        rows=rows.total,
         moved=dict(sorted(moved.items())),
         conflicts=conflicts,
         not_ours=rows.not_ours,
@@ -166,9 +166,9 @@ def _move(found: list[Path], folder: Path) -> None:
 
 
 class _Rows(NamedTuple):
-    """The *count* of rows of an export, the labels of each photo by its ID, and the rows of neither."""
+    """How many rows an export has in *total*, the labels of each photo by its ID, and the rows of neither."""
 
-    count: int
+    total: int
     labels: dict[str, set[str]]
     not_ours: tuple[str, ...]
     unlabelled: int

@@ -210,7 +210,7 @@ lists removed tensors and hashes, `parity.json` the numerical error of every out
 
 def _describe_resizing(preprocess: Preprocess) -> str:
     """Say how an image gets the size of the input, with line breaks as in the model card; ends in ";"."""
-    by = preprocess.interpolation
+    by: str = preprocess.interpolation
     if not preprocess.antialias:
         by += " without antialiasing, like OpenCV"
     side = preprocess.crop

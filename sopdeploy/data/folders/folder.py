@@ -313,10 +313,10 @@ def _describe_left_out(
                 f"{shorten(listing.empty)}"
             )
     if tables := [file for file in contents.files if is_table(file)]:
-        listing = next(list_tables(root, contents.images), None)
+        of_images = next(list_tables(root, contents.images), None)
         named = tables[0]
-        if listing is not None:
-            named = f"{listing.path.name}:{listing.columns[0]}".rstrip(":")
+        if of_images is not None:
+            named = f"{of_images.path.name}:{of_images.columns[0]}".rstrip(":")
         yield (
             f"{root}: not read: {shorten(tables)}; to do so, add --set "
             f"data.classes_from={quote(named)}"
