@@ -35,10 +35,10 @@ from sopdeploy_export.network import attributes_restored
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.bundle import (
     as_probes,
-    count_costs,
     write_golden_examples,
     write_reports,
 )
+from sopdeploy_export.pack.costs import count_costs
 from sopdeploy_export.pack.graph_file import ExportedFile, write_file
 from sopdeploy_export.pack.model_card import write_page
 from sopdeploy_export.pack.results import Exported, ExportResults

@@ -2,7 +2,6 @@
 
 import json
 import platform
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,8 @@ from sopdeploy.bundle.golden import TOLERANCES, write_golden
 from sopdeploy.bundle.manifest import LOGITS, Lineage, Manifest, TensorRecord, to_json
 from sopdeploy.bundle.probes import Probes
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.base import is_in
-from sopdeploy.models.describe import Counts, Tally, tally
 from sopdeploy.version import __version__
 from sopdeploy_export.capture.deployed import INPUT
-from sopdeploy_export.network import copy_network
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.model_card import render_model_card
 from sopdeploy_export.pack.results import ExportResults
@@ -31,36 +27,6 @@ from sopdeploy_export.prove.file import ParityReport
 from sopdeploy_export.prove.reference import ParityReference, compared_images
 from sopdeploy_export.runs import GateRun, file_outputs, find_gate, mark_decided
 from sopdeploy_export.subject import ExportSubject
-
-
-def count_costs(
-    network: nn.Module, removed: tuple[str, ...], preprocess: Preprocess
-) -> tuple[Counts, Counts]:
-    """Count the costs of *network* in train mode, and in eval mode without its *removed* parts.
-
-    The costs are for an image of the size and channels of *preprocess*. Parts that only training needs may run
-    in train mode only. If nothing is removed, if *network* cannot be copied, or if it fails in train
-    mode, for example without targets, the first costs are those in eval mode, too.
-    """
-    # What is exported: the counts in eval mode, without the counts of the removed parts.
-    side = preprocess.crop
-    in_eval = tally(network, side, preprocess.channels)
-    parameters, macs = (
-        Counter({name: count for name, count in counts.items() if not is_in(name, *removed)})
-        for counts in (in_eval.parameters, in_eval.macs)
-    )
-    shipped = Tally(parameters=parameters, macs=macs)
-    if not removed:
-        return in_eval.total(), shipped.total()
-
-    # What was trained: the counts of a copy in train mode, in which its code can change what
-    # the network holds.
-    with torch.random.fork_rng(devices=()):  # dropout draws random numbers
-        try:
-            trained = tally(copy_network(network).train(), side, preprocess.channels)
-        except Exception:  # the network's own code, which can raise anything
-            trained = in_eval
-    return trained.total(), shipped.total()
 
 
 def as_probes(

@@ -6,13 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import onnx
-import pytest
-import torch
 
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.describe import describe
-from sopdeploy.models.registry import create_model, entry
-from sopdeploy_export.pack.bundle import count_costs
 from sopdeploy_export.pack.model_card import render_model_card
 from sopdeploy_export.pack.results import Exported
 from tests.export.conftest import HOSTILE
@@ -58,16 +53,3 @@ def test_the_model_card_begins_with_the_fields_of_the_hub(branched: Exported) ->
         *("pipeline_tag", "library_name", "license")
     }
     assert text.startswith("\n# ")
-
-
-@pytest.mark.parametrize("name", ["dsop-resnet8", "gsop-net1-resnet26"])
-def test_the_costs_are_those_of_describe(name: str) -> None:
-    with torch.device("meta"):
-        network = create_model(name, num_classes=entry(name).num_classes).eval()
-    counted = describe(name)
-    rules = Preprocess(crop=entry(name).image_size)
-
-    assert count_costs(network, network.training_only, rules) == (
-        counted.training,
-        counted.shipped,
-    )
