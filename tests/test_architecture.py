@@ -370,4 +370,5 @@ def test_the_exporter_imports_no_network_of_a_paper() -> None:
         "sopdeploy.models.backbones.base",
         "sopdeploy.models.base",
         "sopdeploy.models.describe",
+        "sopdeploy.models.timm_networks",
     }

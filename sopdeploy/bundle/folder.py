@@ -96,9 +96,9 @@ class Bundle:
 def follow_link(path: Path) -> Path:
     """Return where *path* leads now, through no other link: `latest` to the newest bundle, `live` to the live one.
 
-    The links mean the same in every command. What is no link stays as it is.
+    The links mean the same in every command. Any other path stays as it is.
     """
-    return path.parent / target_of(path, path) if path.is_symlink() else path
+    return path.parent / target_of(link=path, path=path) if path.is_symlink() else path
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -36,7 +36,7 @@ from sopdeploy.data.timm_augment import (
 )
 from sopdeploy.images.pixels import View
 from sopdeploy.images.preprocess import Box, Preprocess, Side
-from sopdeploy.images.resize import resize
+from sopdeploy.images.resize import resize_by_rules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -350,4 +350,4 @@ def _crop_box(
 
     square = Image.fromarray(images.preprocess(index, enlarged))
     box = choose_view(square.size).box
-    return np.asarray(resize(square, size, rules, box), dtype=np.uint8)
+    return np.asarray(resize_by_rules(square, size, rules, box), dtype=np.uint8)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from sopdeploy.images.fast_resize import fast_resize
 from sopdeploy.images.preprocess import Box, Pixels, Preprocess
-from sopdeploy.images.resize import resize
+from sopdeploy.images.resize import resize_by_rules
 
 ORIENTATION = 0x0112
 UPRIGHT = 1
@@ -126,9 +126,9 @@ def preprocess_image(
     else:
         rgb = to_rgb(image, rules)
         if view is not None:
-            fitted = resize(rgb, view.size, rules, view.box)
+            fitted = resize_by_rules(rgb, view.size, rules, view.box)
         elif rules.fit == "pad":
-            fitted = resize(rgb, resized_size(rgb.size, rules), rules)
+            fitted = resize_by_rules(rgb, resized_size(rgb.size, rules), rules)
         else:
             return center_crop(rgb, rules)
 
@@ -173,7 +173,7 @@ def _resize_box(
     if rules.decoding == "fast":
         fitted = fast_resize(rgb, stored_size, rules.interpolation, box)
     else:
-        fitted = resize(rgb, stored_size, rules, box)
+        fitted = resize_by_rules(rgb, stored_size, rules, box)
     return fitted.transpose(TURNS[orientation]) if orientation != UPRIGHT else fitted
 
 
@@ -331,10 +331,10 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
 
     if max(width, height) > MAX_ASPECT_RATIO * rules.resize:
         view = center_view(image.size, rules)
-        return np.asarray(resize(image, view.size, rules, view.box))
+        return np.asarray(resize_by_rules(image, view.size, rules, view.box))
     left, top = (round((side - rules.crop) / 2.0) for side in (width, height))
     window = (left, top, left + rules.crop, top + rules.crop)
-    return np.asarray(resize(image, (width, height), rules).crop(window))
+    return np.asarray(resize_by_rules(image, (width, height), rules).crop(window))
 
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ class _Taps(NamedTuple):
     weight: NDArray[np.float32]
 
 
-def resize(
+def resize_by_rules(
     image: Image.Image, size: tuple[int, int], rules: Preprocess, box: Box | None = None
 ) -> Image.Image:
     """Resize *box* of the RGB *image*, by default all of it, to *size*, (width, height), as *rules* say."""

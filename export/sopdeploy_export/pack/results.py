@@ -92,7 +92,7 @@ class ExportResults:
 
         pixels = certificate.pixels
         is_same: bool | None = None
-        same = "pixels were not compared with those of the training, because --transform was not given"
+        same = "not compared with the pixels of the training, because --transform was not given"
         if pixels is not None:
             is_same = not pixels.differences
             same = pixels.describe()

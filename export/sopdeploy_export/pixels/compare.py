@@ -29,7 +29,6 @@ from sopdeploy_export.pixels.transform import Transform
 _COMPARED = (*UPRIGHT, EXIF)
 _OTHER_KINDS = (GRAY, CMYK, ALPHA)  # whose conversion no rules describe
 _BATCH = 8
-_SAME_COLORS = 1e-3  # of mean and standard deviation: a quarter of a level
 
 
 class TrainedPixels:
@@ -221,7 +220,7 @@ class PixelCheck:
         """Return the error of pixels with *differences*, which change *classes*."""
         return ConfigError(
             f"gives other pixels than the preprocessing rules: it {'; it '.join(differences)}{classes}; "
-            "omit preprocess, so that the rules are those of the transform, or accept this",
+            "omit preprocess, so that the rules come from the transform, or accept this",
             setting="transform",
             value=self.trained.transform.name,
             remedies={"allow_other_pixels": True},

@@ -39,7 +39,7 @@ STATEMENTS = {
 }
 # What a terminal shows while a statement is checked
 STEPS = {
-    "Pixels": "comparing the pixels with those of the training",
+    "Pixels": "comparing the pixels of the training and of the server",
     "Removed": "proving that no output depends on the removed parts",
     "Graph": "proving that the graphs are equal",
     "Plain run": "comparing the network's code with its graph",

@@ -80,7 +80,7 @@ def network_builder(
 
 
 def _find_timm(import_path: str) -> Callable[..., Any] | None:
-    """Return what builds the network of *import_path*, `timm:NAME`; None if this is no name of timm's.
+    """Return what builds the network of *import_path*, `timm:NAME`; None for an import path.
 
     Raises the errors of `import_timm`.
     """

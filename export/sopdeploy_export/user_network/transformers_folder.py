@@ -77,8 +77,8 @@ def open_folder(path: Path) -> TransformersFolder:
     lacking = sorted(map(str, loading["missing_keys"]))
     if lacking:
         raise WeightsError(
-            f"{path}: {shorten(lacking)} is missing, so this is no trained image classifier; save the network that "
-            "was fine-tuned"
+            f"{path}: {shorten(lacking)} is missing, so this is not a trained image classifier; save the "
+            "network that was fine-tuned"
         )
 
     return TransformersFolder(

@@ -77,7 +77,7 @@ def test_without_the_package_its_names_say_in_one_line_what_to_install(
     for registry in (plugins.MODELS, plugins.OPTIMIZERS, plugins.TEACHERS):
         monkeypatch.setattr(registry, "registered", {})
 
-    with pytest.raises(ConfigError, match="sopdeploy-papers") as error:
+    with pytest.raises(ConfigError, match=r"\./plugins/papers") as error:
         train_recipe(read_recipe("digits-plain", [setting]), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ LABELS = ("cat", "dog", "owl")
         ([[0, 3, 0], [3, 0, 0], [0, 0, 9]], [("cat", "dog")]),
         ([[5, 5, 0], [5, 5, 0], [0, 0, 9]], []),  # a network that cannot tell them apart
         ([[0, 9, 0], [0, 9, 0], [0, 0, 9]], []),  # a class that is never predicted
-        ([[0, 9, 0], [9, 0, 0], [0, 12, 0]], []),  # most of what is predicted as dog is no cat
+        ([[0, 9, 0], [9, 0, 0], [0, 12, 0]], []),  # few of what is predicted as dog are cats
         ([[0, 0, 0], [0, 0, 0], [0, 0, 0]], []),
     ],
 )

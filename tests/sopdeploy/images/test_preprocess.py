@@ -492,5 +492,5 @@ def test_preprocessing_of_torchvision_is_converted() -> None:
     assert found.resize == 232
     assert found.crop == 224
     assert found.interpolation == "bilinear"
-    with pytest.raises(ConfigError, match=r"resize and crop"):
+    with pytest.raises(ConfigError, match=r"Compose"):
         Preprocess.from_torchvision(torch.nn.Identity())

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from sopdeploy.images.occlusion import occlude
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.images.resize import resize
+from sopdeploy.images.resize import resize_by_rules
 from sopdeploy.layers.normalize import Normalize
 
 
@@ -46,7 +46,7 @@ def test_resizing_without_antialiasing_is_that_of_torch(
 ) -> None:
     image = scene(*old)
     rules = Preprocess(crop=24, interpolation=interpolation, antialias=False)
-    resized = np.asarray(resize(image, new, rules), np.float32)
+    resized = np.asarray(resize_by_rules(image, new, rules), np.float32)
     assert np.abs(resized - sampled(image, new, interpolation)).max() <= 0.51
 
 
@@ -54,8 +54,8 @@ def test_resizing_without_antialiasing_is_that_of_torch(
 def test_a_box_gives_the_pixels_of_the_whole_image(interpolation: str) -> None:
     image = scene(120, 80)
     rules = Preprocess(crop=24, interpolation=interpolation, antialias=False)
-    whole = np.asarray(resize(image, (30, 20), rules))
-    part = np.asarray(resize(image, (10, 10), rules, (40, 20, 80, 60)))
+    whole = np.asarray(resize_by_rules(image, (30, 20), rules))
+    part = np.asarray(resize_by_rules(image, (10, 10), rules, (40, 20, 80, 60)))
     assert np.array_equal(part, whole[5:15, 10:20])
 
 

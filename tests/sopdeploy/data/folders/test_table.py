@@ -379,7 +379,7 @@ def test_each_part_may_have_a_table_of_the_same_name(tmp_path: Path, name: str) 
 
 
 # Whether a table that gives the rows of `CATS` in each folder these classes leaves the folders the classes
-BESIDE = {
+CLASS_COLUMNS = {
     "other classes": ("{label}/{name},{letter}", 12, False),
     "the same classes": ("{label}/{name},{label}", 12, True),
     "other names of the same classes": ("{label}/{name},a {label}", 12, True),
@@ -387,7 +387,7 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize(("row", "count", "is_read"), BESIDE.values(), ids=BESIDE)
+@pytest.mark.parametrize(("row", "count", "is_read"), CLASS_COLUMNS.values(), ids=CLASS_COLUMNS)
 def test_a_table_beside_class_folders_is_asked_about_if_it_has_other_classes_for_all_images(
     tmp_path: Path, row: str, count: int, is_read: bool
 ) -> None:
