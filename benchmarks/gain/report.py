@@ -10,7 +10,7 @@ from measure import markdown
 from gain.arms import ARMS, AVERAGES, DEFAULT, THREE_MAPS, TWICE
 from gain.frozen import FROZEN
 from gain.moment_probing import PROBES
-from gain.runs import Answers, Line, Lines, mean_accuracy, paired_gain
+from gain.runs import Answers, Line, Lines, describe_gain, mean_accuracy
 
 
 def build_tables(lines: Lines, names: Sequence[str], side: int) -> list[str]:
@@ -68,14 +68,6 @@ def update_file(path: Path, tables: Sequence[str]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _gain(ours: Answers, other: Answers) -> str:
-    """Format the paired difference, "" without common seeds."""
-    if not ours.keys() & other.keys():
-        return ""
-    mean, half, _ = paired_gain(ours, other)
-    return f"{mean:+.1f} +- {half:.1f}"
-
-
 def _answers(lines: Sequence[Line], *, frozen: bool = False) -> Answers:
     return {line.seed: line.answers(frozen=frozen) for line in lines}
 
@@ -96,8 +88,8 @@ def _frozen_rows(lines: Lines, name: str, side: int, *, few: bool) -> list[list[
         [
             arm,
             f"{mean_accuracy(list(ours.values())):.1f}",
-            "" if arm == AVERAGES else _gain(ours, by_arm[AVERAGES]),
-            "" if arm in (AVERAGES, THREE_MAPS) else _gain(ours, by_arm[THREE_MAPS]),
+            "" if arm == AVERAGES else describe_gain(ours, by_arm[AVERAGES]),
+            "" if arm in (AVERAGES, THREE_MAPS) else describe_gain(ours, by_arm[THREE_MAPS]),
         ]
         for arm, ours in by_arm.items()
         if ours
@@ -131,16 +123,16 @@ def _tuned_rows(lines: Lines, name: str, side: int) -> list[list[str]]:
         frozen = _answers(of_arm, frozen=True)
         control = ARMS[arm].control
         per_epoch = fmean(line.seconds / (len(line.losses) - 1) for line in of_arm)
-        over_control = _gain(ours, _answers(runs[control])) if control else ""
+        over_control = describe_gain(ours, _answers(runs[control])) if control else ""
         rows.append(
             [
                 f"{arm} ({len(of_arm)})",
                 f"{mean_accuracy(list(frozen.values())):.1f}",
                 f"{mean_accuracy(list(ours.values())):.1f}",
-                "" if arm == AVERAGES else _gain(ours, averages),
-                "" if arm in (AVERAGES, TWICE) else _gain(ours, for_longer),
+                "" if arm == AVERAGES else describe_gain(ours, averages),
+                "" if arm in (AVERAGES, TWICE) else describe_gain(ours, for_longer),
                 over_control,
-                _gain(ours, frozen),
+                describe_gain(ours, frozen),
                 f"{per_epoch:.0f}",
             ]
         )
@@ -161,8 +153,8 @@ def _probe_rows(lines: Lines, name: str, side: int) -> list[list[str]]:
             row = [
                 f"{probe} ({len(runs)})",
                 accuracy,
-                _gain(ours, averages),
-                _gain(ours, default),
+                describe_gain(ours, averages),
+                describe_gain(ours, default),
             ]
             rows.append([*row, seconds])
     return rows

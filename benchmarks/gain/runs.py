@@ -13,6 +13,7 @@ from scipy.stats import t
 from sopdeploy.base.config import StrictModel
 from sopdeploy.base.files import atomic_write
 
+SAME_NETWORK = 0.98  # share of equal answers, right or wrong
 Stage = Literal["frozen", "rates", "tuned", "probe rates", "probes"]
 
 
@@ -135,6 +136,27 @@ def paired_gain(ours: Answers, other: Answers) -> tuple[float, float, int]:
         return mean, 0.0, n
     freedom = (n - 1) * (1 + of_images / of_seeds) ** 2
     return mean, float(t.ppf(0.975, freedom)) * math.sqrt(of_seeds + of_images), n
+
+
+def equal_share(ours: Answers, other: Answers) -> float:
+    """Compute the share of the test images of the common seeds that both answer right, or both wrong."""
+    seeds = sorted(ours.keys() & other.keys())
+    return float(np.mean([ours[seed] == other[seed] for seed in seeds]))
+
+
+def describe_gain(ours: Answers, other: Answers) -> str:
+    """Describe the paired difference and the share of equal answers; "" without common seeds.
+
+    Networks with more than `SAME_NETWORK` of them are the same network: such a comparison says
+    nothing about what they differ in.
+    """
+    if not ours.keys() & other.keys():
+        return ""
+    share = equal_share(ours, other)
+    if share > SAME_NETWORK:
+        return f"the same network ({100 * share:.1f} % equal)"
+    mean, half, _ = paired_gain(ours, other)
+    return f"{mean:+.1f} +- {half:.1f} ({100 * share:.0f} % equal)"
 
 
 def mean_accuracy(answers: Sequence[NDArray[np.float64]]) -> float:
