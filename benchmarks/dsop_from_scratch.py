@@ -228,7 +228,7 @@ def train(images: Images, arm: str, seed: int, width: int, epochs: int) -> Run:
                 loss = loss + weights[name] * F.cross_entropy(logits, targets)
 
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(network.parameters(), CLIP)
             optimizer.step()
             sum_of_losses += float(main_loss.detach())
@@ -293,7 +293,7 @@ def _logits(network: Classifier, images: Images, part: Part) -> dict[str, Tensor
     network.eval()
     batches = [
         network.heads(images.normalize(pixels))
-        for pixels in part.pixels.split(EVALUATION_BATCH)
+        for pixels in part.pixels.split(EVALUATION_BATCH)  # type: ignore[no-untyped-call]
     ]
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
