@@ -93,7 +93,7 @@ def _show(evaluation: Evaluation) -> None:
     for note in evaluation.notes:
         err.print(plain_text(f"warning: {note}"))
 
-    # A link such as `latest` does not tell which bundle is meant: where one is live, that one.
+    # A link such as `latest` does not tell which bundle it leads to.
     evaluated = f"{evaluation.kind} {evaluation.facts.get('bundle', evaluation.source)}"
     mirrored = " with their mirror images" if evaluation.mirror else ""
     section = describe_predictions(
