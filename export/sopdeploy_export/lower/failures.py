@@ -30,6 +30,10 @@ _KERNEL_PER_IMAGE = (
     "ONNX fixes the number of groups; for a kernel (B, out, in, h, w) for each image, write "
     "(kernel.flatten(2) @ F.unfold(x, (h, w))).unflatten(2, size)"
 )
+_TRANSPOSED_PER_IMAGE = (
+    "ONNX fixes the number of groups; for a kernel (B, in, out, h, w) for each image, write "
+    "F.fold(kernel.flatten(2).mT @ x.flatten(2), size, (h, w))"
+)
 
 
 def describe_failure(error: BaseException, program: ExportedProgram) -> str:
@@ -48,21 +52,22 @@ def describe_failure(error: BaseException, program: ExportedProgram) -> str:
         if match is not None:
             node_name, operator = match.groups()
             nodes = [node for node in program.graph.nodes if node.name == node_name]
-            if any(_has_group_per_image(node) for node in nodes):
-                operator, remedy = f"{operator} with a group for each image", _KERNEL_PER_IMAGE
-            else:
-                remedy = _remedy_for(operator)
+            remedies = [_remedy_for_groups(node) for node in nodes]
+            remedy = next(filter(None, remedies), _remedy_for(operator))
             return f"{operator}{''.join(map(place_of, nodes))}; {remedy}"
 
     return problems[-1]
 
 
-def _has_group_per_image(node: fx.Node) -> bool:
-    """Return whether *node* is a convolution whose number of groups depends on the batch size."""
+def _remedy_for_groups(node: fx.Node) -> str:
+    """Say what to write instead of *node* if it is a convolution with a group for each image; "" otherwise."""
     if "conv" not in str(node.target):
-        return False
-    groups = arguments_by_name(node.target, node.args, node.kwargs)["groups"]
-    return not isinstance(groups, int)
+        return ""
+    arguments = arguments_by_name(node.target, node.args, node.kwargs)
+    if isinstance(arguments["groups"], int):
+        return ""
+    is_transposed = "transpose" in str(node.target) or arguments.get("transposed")
+    return _TRANSPOSED_PER_IMAGE if is_transposed else _KERNEL_PER_IMAGE
 
 
 def _remedy_for(operator: str) -> str:

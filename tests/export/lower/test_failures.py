@@ -105,31 +105,60 @@ def by_kernels_of_images(matrix: Tensor, convolve: Callable[..., Tensor] = F.con
     return convolve(matrix[None], matrix[:, None], padding=1, groups=matrix.shape[0])[0]
 
 
-@pytest.mark.parametrize("convolve", [F.conv2d, F.conv_transpose2d])
+@pytest.mark.parametrize(
+    ("convolve", "form"), [(F.conv2d, "unfold"), (F.conv_transpose2d, "fold")]
+)
 def test_a_kernel_for_each_image_is_refused_with_another_form(
-    convolve: Callable[..., Tensor],
+    convolve: Callable[..., Tensor], form: str
 ) -> None:
     network = SecondMoments(partial(by_kernels_of_images, convolve=convolve))
     program = captured(network, BatchRange(optimum=1, maximum=4))
-    with pytest.raises(LoweringError, match=rf"test_failures\.py:{LINE} .*F\.unfold"):
+    with pytest.raises(LoweringError, match=rf"test_failures\.py:{LINE} .*F\.{form}\("):
         lower(program, ("logits",))
 
 
-def test_the_form_that_the_message_gives_for_a_kernel_for_each_image_is_right_and_lowered() -> (
-    None
-):
-    x = torch.rand(2, 4, 6, 5)
-    kernel = torch.rand(2, 8, 4, 3, 3)
-    written = (kernel.flatten(2) @ F.unfold(x, (3, 3))).unflatten(2, (4, 3))
-    grouped = F.conv2d(x.flatten(0, 1)[None], kernel.flatten(0, 1), groups=2)
-    torch.testing.assert_close(written, grouped[0].unflatten(0, (2, 8)))
+def unfolded(x: Tensor, kernel: Tensor) -> Tensor:
+    return (kernel.flatten(2) @ F.unfold(x, (3, 3))).unflatten(2, (4, 3))
 
-    network = SecondMoments(
-        lambda m: (
-            m[:, None, :, :, None].flatten(2) @ F.unfold(m[:, None], (3, 3), padding=1)
-        ).mean(1)[..., None]
-    )
-    assert lower(captured(network), ("logits",)).graph.output[0].name == "logits"
+
+def folded(x: Tensor, kernel: Tensor) -> Tensor:
+    return F.fold(kernel.flatten(2).mT @ x.flatten(2), (8, 7), (3, 3))
+
+
+class KernelOfImage(nn.Module):
+    """Convolves a part (B, 4, 6, 5) of each image with a kernel (B, *channels, 3, 3) of its own."""
+
+    def __init__(
+        self, form: Callable[[Tensor, Tensor], Tensor], channels: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.form = form
+        self.channels = channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = F.interpolate(images, (6, 5))[:, [0, 1, 2, 0]]
+        kernels = maps[:, None, :1, :3, :3].expand(-1, *self.channels, -1, -1)
+        return self.form(maps, kernels).mean((2, 3))
+
+
+# The form that the message gives, the grouped one, and the channels that a kernel begins with
+FORMS = {
+    "a convolution": (unfolded, F.conv2d, (8, 4)),
+    "a transposed one": (folded, F.conv_transpose2d, (4, 8)),
+}
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_the_form_that_the_message_gives_is_right_and_lowered(case: str) -> None:
+    form, convolve, channels = FORMS[case]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 4, 6, 5, generator=generator)
+    kernel = torch.rand(2, *channels, 3, 3, generator=generator)
+    grouped = convolve(x.flatten(0, 1)[None], kernel.flatten(0, 1), groups=2)
+    torch.testing.assert_close(form(x, kernel), grouped[0].unflatten(0, (2, 8)))
+
+    program = captured(KernelOfImage(form, channels), BatchRange(optimum=1, maximum=4))
+    assert lower(program, ("logits",)).graph.output[0].name == "logits"
 
 
 def test_without_code_of_the_network_the_module_is_the_place() -> None:
