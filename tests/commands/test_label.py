@@ -155,14 +155,16 @@ def test_each_row_is_counted_once(tmp_path: Path, rows, expected) -> None:
 def test_a_photo_stays_in_a_folder_of_its_class(kept: Path) -> None:
     place = Path("photos/dog/night")
     place.mkdir(parents=True)
-    (kept / "big cat" / NAMES[1]).rename(place / NAMES[1])
+    record = Path(NAMES[1]).with_suffix(".json").name
+    for name in (NAMES[1], record):
+        (kept / "big cat" / name).rename(place / name)
     found = label(export(_1="dog"), kept)
     assert (found.moved, found.in_place) == ({}, 1)
 
     # Kept again, and labelled again
     (kept / "big cat" / NAMES[1]).write_text("again")
     assert label(export(_1="dog"), kept).moved == {"photos/dog": 1}
-    assert files("photos") == {NAMES[1]: "dog/night"}
+    assert files("photos") == {NAMES[1]: "dog/night", record: "dog/night"}
     assert NAMES[1] not in files("kept")
 
 

@@ -15,7 +15,7 @@ from sopdeploy.bundle.decision import Decision
 from sopdeploy.data.photos.kept import LABEL_CONFIG, NOT_OURS
 from sopdeploy_service import keep
 from sopdeploy_service.keep import Keeper
-from sopdeploy_service.kept_folder import SPARE, KeptFolder
+from sopdeploy_service.kept_folder import KeptFolder
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 from tests.service.test_keep import PAIR, PHOTO, fields, kept_folder, name_of, numbers
@@ -171,6 +171,20 @@ def test_a_photo_is_kept_once_and_what_was_drawn_once_stays_in_the_sample(
     assert files(tmp_path) == {f"{label}/{name}", f"{label}/{Path(name).stem}.json"}
 
 
+def test_what_older_versions_kept_twice_becomes_one_photo_of_the_sample(tmp_path: Path) -> None:
+    kept = kept_folder(tmp_path / "kept")
+    kept.add(name_of(1, sample=True), PHOTO, fields("eel", suggested="fox"))
+    (tmp_path / "kept" / "eel").rename(tmp_path / "eel")
+    kept.add(NAME, PHOTO, fields("cat"))
+    (tmp_path / "eel").rename(tmp_path / "kept" / "eel")
+
+    kept.add(NAME, PHOTO, fields("dog"))
+    name = name_of(1, sample=True)
+    record = f"dog/{Path(name).stem}.json"
+    assert files(tmp_path / "kept") == {f"dog/{name}", record}
+    assert read(tmp_path / "kept" / record)["suggested"] == "fox"
+
+
 @pytest.mark.parametrize("samples", AGAIN)
 def test_a_person_moves_a_photo_under_either_name(tmp_path: Path, samples) -> None:
     first, second = (name_of(1, sample=is_sample) for is_sample in samples)
@@ -304,33 +318,41 @@ def test_every_photo_expires(tmp_path: Path, kind: str) -> None:
 
 
 def test_moved_photos_that_fill_the_folder_stop_keeping_until_they_leave(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch
 ) -> None:
     keep_all(tmp_path, "OOOO")
     small = kept_folder(tmp_path, 3)
     for number in (4, 5):
         with pytest.raises(OSError, match="keep_bytes"):
             small.add(name_of(number), PHOTO, fields())
+        monkeypatch.setattr(KeptFolder, "_list", None)  # no second look is needed
     assert numbers(tmp_path) == [0, 1, 2, 3]
 
+    monkeypatch.undo()
     (tmp_path / "eel").rename(tmp_path.parent / f"{tmp_path.name}-photos")
     small.delete_surplus()
     assert small.add(name_of(6), PHOTO, fields()) == "kept"
     assert numbers(tmp_path) == [6]
 
 
-# The bytes of a photo and its record, compared with the limit that leaves the spare share.
-SIZES = {
-    "below": (3 * PAIR, "kept"),
-    "at": (2 * PAIR, "kept"),
-    "above": (2 * PAIR - 1, "dropped"),
-}
+# Bytes of the folder, and what becomes of a photo that takes nine tenths of 40,960 with its record.
+SIZES = {"below": (40_970, "kept"), "at": (40_960, "kept"), "above": (40_950, "dropped")}
 
 
 @pytest.mark.parametrize(("limit", "expected"), SIZES.values(), ids=SIZES)
 def test_a_photo_larger_than_the_room_is_dropped(tmp_path: Path, limit: int, expected) -> None:
-    kept = KeptFolder(tmp_path, int(limit / (1 - SPARE)) + 1, 86_400.0)
-    assert kept.add(NAME, PHOTO * 3, fields()) == expected
+    assert KeptFolder(tmp_path, limit, 86_400.0).add(NAME, PHOTO * 8, fields()) == expected
+
+
+# Two photos of the sample and two others, a folder with room for three; half of it, in photos.
+SHARES = {"below": (2.1, [0, 1, 3]), "at": (2.0, [0, 1, 3]), "above": (1.9, [1, 2, 3])}
+
+
+@pytest.mark.parametrize(("half", "remaining"), SHARES.values(), ids=SHARES)
+def test_a_sample_of_more_than_half_makes_room(tmp_path: Path, half: float, remaining) -> None:
+    keep_all(tmp_path, "ssoo")
+    KeptFolder(tmp_path, round(2 * half * PAIR), 86_400.0).delete_surplus()
+    assert numbers(tmp_path) == remaining
 
 
 @pytest.mark.parametrize("name", ["lost+found", "cat", "cat/deep"])
