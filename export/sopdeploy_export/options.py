@@ -134,12 +134,12 @@ class NetworkExportOptions(NetworkOptions):
     KEYS: ClassVar = (*NetworkOptions.KEYS, "transform_takes", "allow_other_pixels")
 
     transform: str | None = None
-    """Transform of the validation, package.module:callable. Its pixels are compared with those of the server,
-    and without --preprocess, the rules are read from it."""
+    """Transform of the validation, package.module:callable. The export compares its pixels with the server's,
+    and without --preprocess, it reads the rules from it."""
     transform_takes: Takes | None = None
     """What the transform takes: a Pillow image, an array in RGB or BGR, or a path; by default, it is tried out."""
     allow_other_pixels: bool = False
-    """Write the bundle although the server's pixels are not those of the transform, and record how they differ."""
+    """Write the bundle although the server's pixels differ from the transform's, and record how."""
     plain: str | None = None
     """Builder of the network without auxiliary branches, package.module:callable."""
     plain_option: tuple[str, ...] = ()

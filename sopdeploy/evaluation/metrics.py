@@ -189,10 +189,9 @@ def classification_report(
 
     # The confusion matrix of the classes that occur: a row per target, a column per prediction.
     occurring = np.union1d(targets, predicted)  # sorted
-    confusion = np.zeros((len(occurring), len(occurring)), np.int64)
     rows = np.searchsorted(occurring, targets)
     columns = np.searchsorted(occurring, predicted)
-    np.add.at(confusion, (rows, columns), 1)
+    confusion = count_confusion(rows, columns, len(occurring))
 
     # Precision, the share of right answers, and recall, that of recognized images, by class.
     classes = []
@@ -228,6 +227,15 @@ def classification_report(
         accepted=Rate.of(sum(known), count, units) if len(known) == count else None,
         thresholds=tuple(measure_threshold(scores, confidence) for confidence in CONFIDENCES),
     )
+
+
+def count_confusion(
+    truth: NDArray[np.integer], predicted: NDArray[np.integer], num_classes: int
+) -> NDArray[np.int64]:
+    """Count the images (C, C) by their class, *truth* (P,), and by the class *predicted* (P,)."""
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(confusion, (truth, predicted), 1)
+    return confusion
 
 
 def measure_threshold(scores: Sequence[ImageScore], confidence: float) -> ThresholdMetrics:

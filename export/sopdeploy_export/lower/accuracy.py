@@ -25,6 +25,7 @@ from sopdeploy.data.photos.copies import connect
 from sopdeploy.data.photos.photo import ImageFiles
 from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.evaluation.exchanged import describe_exchanged
+from sopdeploy.evaluation.metrics import count_confusion
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.deployed import INPUT, evenly_spread
 from sopdeploy_export.lower.precision import Accuracy, PrecisionReport, UserImages
@@ -205,15 +206,6 @@ class AccuracyCheck:
         elif self._held_out is not None:
             for image in self._held_out:
                 yield image[None]
-
-
-def count_confusion(
-    truth: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int
-) -> NDArray[np.int64]:
-    """Count the images (C, C) by their class, *truth* (P,), and by the class *predicted* (P,)."""
-    confusion = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(confusion, (truth, predicted), 1)
-    return confusion
 
 
 def logit_deviation(before: NDArray[np.float32], after: NDArray[np.float32]) -> float:

@@ -47,12 +47,13 @@ def _count(network: nn.Module, without: tuple[str, ...], preprocess: Preprocess)
     )
     image = torch.zeros(1, preprocess.channels, preprocess.crop, preprocess.crop, device=device)
 
-    # As single operators, because torch does not count those that join several.
+    # Attention runs as its single operators, because torch does not count the ones that join them.
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), without_fast_path(), sdpa_kernel(SDPBackend.MATH), counter:
         network(image)
 
-    # torch counts by module, below the class of the network, and an addition apart from its product.
+    # torch counts by module, with the class of the network as the first name, and two operations for each
+    # multiply-add.
     counts = counter.get_flop_counts()
     root = type(network).__name__
     outermost = [name for name in without if not is_in(name, *({*without} - {name}))]

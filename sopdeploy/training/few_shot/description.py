@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.data.photos.copies import number_classes
 from sopdeploy.data.photos.photo import LabeledImages
-from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.evaluation.metrics import Rate, count_confusion
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.training.few_shot.cross_validation import (
     CrossValidation,
@@ -156,8 +156,7 @@ def _find_confused(
     """
     classes = validation.problem.targets.strata[validation.judged]
     predicted = validation.logits[validation.judged].argmax(axis=1)
-    counts_KK = np.zeros((len(labels), len(labels)), np.int64)  # by class and prediction
-    np.add.at(counts_KK, (classes, predicted), 1)
+    counts_KK = count_confusion(classes, predicted, len(labels))
 
     # The images of a class that are predicted as this class or as the other one.
     of_both_KK = counts_KK + np.diagonal(counts_KK)[:, None]
