@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.text import Text
 
 from sopdeploy.bundle.decision import have_answers
-from sopdeploy.bundle.http_api import Classes, ClassProbability, Problem
+from sopdeploy.bundle.http_api import Classes, ClassProbability, Problem, name_classes
 from sopdeploy.cli.command import as_data, command
 from sopdeploy.cli.console import out, plain_text, print_error, print_json
 from sopdeploy.data.photos.files import list_any_images
@@ -107,7 +107,8 @@ def predict_one(
     answer = manifest.rules.answer(
         logits, limit, occluded=np.stack(occluded) if explain else None
     )
-    return FilePrediction.of(answer, loaded.bundle.labels, decoded.warnings, image=name)
+    fields = name_classes(answer, loaded.bundle.labels, decoded.warnings)
+    return FilePrediction.model_validate({"image": name, **fields})
 
 
 def print_prediction(prediction: FilePrediction, seconds: float) -> None:

@@ -238,11 +238,15 @@ def is_address(name: str) -> bool:
     return True
 
 
+# Of the connections; a client sends many requests
+parse_address = functools.lru_cache(maxsize=1024)(ip_address)
+
+
 def is_within(address: str, networks: tuple[Network, ...]) -> bool:
     """Tell whether the IP *address* of a connection is in one of *networks*."""
     try:
         # Without the zone of a link-local address
-        parsed = ip_address(address.partition("%")[0])
+        parsed = parse_address(address.partition("%")[0])
     except ValueError:  # a connection without an address
         return False
 

@@ -201,7 +201,7 @@ class Settings(StrictModel):
     )
     front_ends: FrontEnds | Literal["auto"] = setting(
         "auto",
-        "processes that serve HTTP for the device processes; auto: with a GPU, one per four cores, else 0",
+        "processes that serve HTTP for the device processes; auto: with a GPU, one per two cores, else 0",
     )
     require_signature: Path | None = setting(
         None, "public key file; bundles without its signature are refused"

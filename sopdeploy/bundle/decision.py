@@ -145,7 +145,7 @@ class Reference(StrictModel):
 
 
 class Answer(NamedTuple):
-    """What `Decision` says about one image; `http_api.Classes.of` names its classes.
+    """What `Decision` says about one image; `http_api.name_classes` names its classes.
 
     Attributes:
         ranked: Index and probability of the listed classes, the most probable one first.

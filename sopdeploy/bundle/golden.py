@@ -208,8 +208,10 @@ def check_golden(
     run: RunOne,
     exporter: str | None,
     preprocess: Preprocess,
-) -> None:
+) -> int:
     """Compare *pixels* that were decoded here with those of *example*, and its logits with those of *run*.
+
+    Returns by how many of 255 levels the pixels differ at most.
 
     *run* gets the pixels of the example. *exporter* is the version of Pillow that the export
     used, if it is known. Raises `ParityError` for logits outside of the tolerance, and for pixels that
@@ -229,7 +231,7 @@ def check_golden(
         )
 
     differences = np.abs(pixels.astype(np.int16) - example.pixels)
-    levels = differences.max()
+    levels = int(differences.max())
     limit: float = MAX_LEVELS
     mean_limit: float = MAX_LEVELS
     if preprocess.decoding == "fast":
@@ -242,3 +244,4 @@ def check_golden(
             f"{f'Pillow {exporter}' if exporter else 'the version'}, which the export used; install "
             "the wheel of this version from PyPI, or export the bundle again"
         )
+    return levels

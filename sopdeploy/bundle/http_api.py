@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -103,23 +103,22 @@ class Classes(StrictModel):
     score: float | None = None
     explanation: tuple[tuple[float, ...], ...] | None = None
 
-    @classmethod
-    def of(
-        cls, answer: Answer, labels: Sequence[str], warnings: Sequence[str], **others: Any
-    ) -> Self:
-        """Name the classes of *answer* by *labels*; *others* are fields of a subclass."""
-        classes = tuple(
-            ClassProbability(label=labels[index], probability=probability)
-            for index, probability in answer.ranked
-        )
-        return cls(
-            classes=classes,
-            warnings=tuple(warnings),
-            known=answer.known,
-            score=answer.score,
-            explanation=answer.explanation,
-            **others,
-        )
+
+def name_classes(
+    answer: Answer, labels: Sequence[str], warnings: Sequence[str]
+) -> dict[str, object]:
+    """Return the fields of `Classes` for *answer* that are not None; *labels* name its classes."""
+    classes = [
+        {"label": labels[index], "probability": probability}
+        for index, probability in answer.ranked
+    ]
+    optional = {
+        "known": answer.known,
+        "score": answer.score,
+        "explanation": answer.explanation,
+    }
+    set_ones = {name: value for name, value in optional.items() if value is not None}
+    return {"classes": classes, "warnings": warnings, **set_ones}
 
 
 class EncodedEmbedding(StrictModel):

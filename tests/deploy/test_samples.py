@@ -18,6 +18,7 @@ import pytest
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.golden import GOLDEN, Golden, check_golden, draw_jpegs, read_golden
 from sopdeploy.errors import BundleError, ParityError
+from sopdeploy.images import fast_resize
 from sopdeploy.images.decode import decode
 from sopdeploy.images.preprocess import Fit, Preprocess
 from sopdeploy_commands.verify import verify
@@ -134,7 +135,26 @@ def test_pixels_that_were_resized_fast_may_differ_as_pillows_do(
     example = read_golden(open_bundle(write_bundle(tmp_path, preprocess=rules)))[0]
     with nullcontext() if is_accepted else pytest.raises(ParityError, match="gray levels"):
         moved = move(example.pixels).astype(np.uint8)
-        check_golden(example, moved, lambda _: example.logits, None, rules)
+        levels = check_golden(example, moved, lambda _: example.logits, None, rules)
+        assert levels == np.abs(moved.astype(np.int16) - example.pixels).max()
+
+
+@pytest.mark.parametrize(
+    ("decoding", "has_resizer", "differs"),
+    [("fast", True, False), ("fast", False, True), ("scaled", False, False)],
+)
+def test_verify_tells_pixels_of_another_resizer(
+    decoding: str, has_resizer: bool, differs: bool, tmp_path: Path, monkeypatch
+) -> None:
+    rules = Preprocess(resize=36, crop=32, interpolation="bicubic", decoding=decoding)
+    bundle = write_bundle(tmp_path, preprocess=rules)
+    if not has_resizer:
+        monkeypatch.setattr(fast_resize, "cykooz_resizer", None)
+
+    verified = verify(bundle, Settings(threads=1))
+    assert verified.golden > 0
+    assert (verified.golden_levels > 0) == differs
+    assert verified.golden_levels <= fast_resize.MAX_LEVELS["bicubic"]
 
 
 def fits(jpeg: bytes, fast: Preprocess, decoding: str) -> bool:

@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
@@ -15,6 +15,7 @@ from sopdeploy.bundle.http_api import (
     EmbedQuery,
     EncodedEmbedding,
     Problem,
+    name_classes,
 )
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.api.admission import (
@@ -72,7 +73,7 @@ class Embeddings(StrictModel):
     results: tuple[EncodedEmbedding | Failed, ...]
 
 
-Fields: TypeAlias = dict[str, Any]  # of a response model
+Fields: TypeAlias = dict[str, object]  # of a response model
 
 
 @router.post(
@@ -118,8 +119,7 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
             answer = model.decision.answer(logits, top_k, query.threshold, prediction.occluded)
             if query.reported is None:  # a reported image was sent, and counted, before
                 admitted.service.count_answer(model, answer)
-            named = Classes.of(answer, model.labels, prediction.warnings)
-            return named.model_dump(exclude_none=True)
+            return name_classes(answer, model.labels, prediction.warnings)
 
         return _respond(admitted, upload, outcomes, format_classes)
 

@@ -92,11 +92,11 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
             max_pixels=options.max_pixels,
         )
 
-        pixels = decoded.pixels.tobytes()
+        pixels = decoded.pixels.data
         bits = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
 
         # The reply is one part, which wakes the server once.
-        return [REPLY.pack(number, PIXELS, bits, len(pixels)) + pixels]
+        return [b"".join([REPLY.pack(number, PIXELS, bits, pixels.nbytes), pixels])]
     except ImageError as error:
         # *error* is not kept beyond this block: its traceback holds the memory of the failed decoder.
         code = error.code

@@ -209,8 +209,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
     """One child, which is replaced when it fails; its public methods are called on the event loop.
 
     It runs one request at a time, for at most *seconds*, and calls *on_idle* when it can run
-    the next one. Replies are read into `_unfilled` memory, first that of the header, then that
-    of the data; without a request, nothing may come.
+    the next one. A reply is read into `_reply`, which is as long as the longest one that the
+    request may have; without a request, nothing may come.
     """
 
     def __init__(
@@ -237,8 +237,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
 
         self._reason = ""  # for which the child has to be replaced, if not for its exit code
         self._request: Request | None = None
-        self._header = memoryview(bytearray(child.REPLY.size))
-        self._data: NDArray[np.uint8] | None = None  # None: the header has not arrived
+        self._reply = np.empty(1, np.uint8)
+        self._arrived = 0  # bytes of the reply
 
     async def start(self) -> str:
         """Start a child; return its restrictions, or `no sandbox` and the reason.
@@ -282,10 +282,12 @@ class DecoderProcess(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Use the new child."""
         self._transport = cast(asyncio.Transport, transport)
-        self._data = None
-        self._unfilled = self._header
 
     def _send(self, transport: asyncio.Transport, request: Request) -> None:
+        longest = max(request.sizes.stop - 1, child.MAX_MESSAGE)
+        self._reply = np.empty(child.REPLY.size + longest, np.uint8)
+        self._arrived = 0
+
         self._number += 1
         sizes = (len(request.rules), len(request.image))
         header = child.REQUEST.pack(self._number, *sizes, request.seconds)
@@ -296,43 +298,41 @@ class DecoderProcess(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """Return the memory for what arrives."""
-        return self._unfilled
+        return self._reply[self._arrived :].data
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Check a header that is complete; pass on a reply that is complete."""
-        # Collect the bytes until the header, or the data that it announces, is complete.
+        """Check the header of a reply; pass on a reply that is complete."""
         request = self._request
         if request is None:
             self._end_child(WRONG_REPLY)
             return
 
-        self._unfilled = self._unfilled[nbytes:]
-        if self._unfilled:
+        self._arrived += nbytes
+        if self._arrived < child.REPLY.size:
             return
-        number, kind, bits, size = child.REPLY.unpack(self._header)
 
-        # Check the header, and make room for its data.
-        if self._data is None:  # the header is complete
-            is_known = kind == request.expected_kind or kind in ERROR_KINDS
-            sizes = (
-                request.sizes if kind == request.expected_kind else range(child.MAX_MESSAGE + 1)
-            )
+        # Check the header.
+        number, kind, bits, size = child.REPLY.unpack_from(self._reply)
+        is_expected = kind == request.expected_kind
+        sizes = request.sizes if is_expected else range(child.MAX_MESSAGE + 1)
+        end = child.REPLY.size + size
 
-            if number != self._number or not is_known or size not in sizes:
-                self._end_child(WRONG_REPLY)
-                return
+        if (
+            number != self._number
+            or not (is_expected or kind in ERROR_KINDS)
+            or size not in sizes
+            or self._arrived > end
+        ):
+            self._end_child(WRONG_REPLY)
+            return
 
-            self._data = np.empty(size, np.uint8)
-            self._unfilled = self._data.data
-            if size:
-                return
-
-        # Pass on the reply, and wait for the header of the next one.
-        request.settle(Reply(kind, bits, self._data))
-        self._data = None
-        self._unfilled = self._header
-        self._timer.cancel()
-        self._become_idle(is_done=kind == request.expected_kind)
+        # Pass on the reply.
+        if self._arrived == end:
+            request.settle(Reply(kind, bits, self._reply[child.REPLY.size : end]))
+            self._reply = np.empty(1, np.uint8)  # the image may outlive the request
+            self._arrived = 0
+            self._timer.cancel()
+            self._become_idle(is_done=is_expected)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """End the child, which has closed its end; a request that it runs fails."""

@@ -468,7 +468,9 @@ class Supervisor:
 
             with contextlib.suppress(OSError):  # nobody reads it
                 # Each process serves the same bundles.
-                announce(self._listener, self._settings.scheme, str(process.bundles))
+                bundles = str(process.bundles)
+                count = len(self._front_ends)
+                announce(self._listener, self._settings.scheme, bundles, count)
 
         self._pass_on()  # the process may take more connections now
 

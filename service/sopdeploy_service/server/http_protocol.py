@@ -106,6 +106,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._pending_bytes = 0
         self._ignores_input = False  # true after the last request
         self._closed = False  # whether `close` was called; the transport may still have output
+        self._head = b""  # of a response, until its body or the end of this turn of the loop
         self._rest_until = (
             math.inf
         )  # by the loop's clock: the rest of a body after its response
@@ -405,9 +406,24 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def write(self, data: bytes) -> None:
-        """Send *data* unless the connection was closed."""
-        if not self._closed and not self.transport.is_closing():
-            self.transport.write(data)
+        """Send *data* unless the connection was closed, the head of a response together with its body.
+
+        Two packets would wake the client twice, which takes a tenth of the time of a response.
+        """
+        if self._closed or self.transport.is_closing():
+            return
+
+        if not self._head and data.startswith(b"HTTP/1.1 "):
+            self._head = data
+            self.loop.call_soon(self._flush)  # if no body follows
+        else:
+            self._flush(data)
+
+    def _flush(self, data: bytes = b"") -> None:
+        """Send the head that waits, if any, and *data*."""
+        if (self._head or data) and not self.transport.is_closing():
+            self.transport.write(self._head + data)
+        self._head = b""
 
     def close(self, *, is_input_in_transit: bool = False) -> None:
         """Close after the pending output; a client that still sends gets time to read it.
@@ -421,6 +437,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.abort()
             return
 
+        self._flush()
         is_input_in_transit |= self._ignores_input or self._in_body
         self._ignores_input = self._closed = True
 
@@ -443,7 +460,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Tell whether nothing waits to be read, or to be sent."""
         if self._handshake is not None or self.transport.is_closing():
             return True
-        if self.transport.get_write_buffer_size():
+        if self._head or self.transport.get_write_buffer_size():
             return False
 
         # A request that arrives in this turn of the loop is still in the socket.

@@ -26,7 +26,9 @@ if TYPE_CHECKING:  # a supervisor does not import it
     from sopdeploy_service.inference.model_registry import ModelRegistry
 
 MIN_FRONT_ENDS = 2
-CORES_PER_FRONT_END = 4  # all but one of them decode
+# An image takes 1.5 ms of a front end and 2.3 ms of its decoders (docs/benchmarks/serving.md): with more
+# decoders, they wait for it.
+CORES_PER_FRONT_END = 2
 
 
 def run_server(sources: Sequence[str | Path], settings: Settings) -> int:

@@ -144,10 +144,17 @@ def url(listener: socket.socket, scheme: str = "http") -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def announce(listener: socket.socket, scheme: str, bundles: str) -> None:
-    """Print where the server listens, what it serves, and its pages; the first line begins with `ready:`."""
+def announce(
+    listener: socket.socket, scheme: str, bundles: str, num_front_ends: int = 0
+) -> None:
+    """Print where the server listens, what it serves, its pages, and the number of front ends if it has any.
+
+    The first line begins with `ready:`.
+    """
     address = url(listener, scheme)
     sys.stdout.write(f"ready: {address}  {bundles}\n")
     sys.stdout.write(f"web page: {address}/\n")
     sys.stdout.write(f"API docs: {address}/docs\n")
+    if num_front_ends:
+        sys.stdout.write(f"front ends: {num_front_ends}\n")
     sys.stdout.flush()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from sopdeploy.bundle.http_api import Classes
+from sopdeploy.bundle.http_api import name_classes
 from sopdeploy.images.decode import decode
 from tests.support.service import LABELS, picture_bytes
 
@@ -90,9 +90,7 @@ def infer_input(name: str, values: np.ndarray, datatype: str, binary: bool) -> A
 
 def equal(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
     answers = [bundle.manifest.rules.answer(row) for row in logits]
-    named = [
-        Classes.of(answer, bundle.labels, ()).model_dump()["classes"] for answer in answers
-    ]
+    named = [name_classes(answer, bundle.labels, ())["classes"] for answer in answers]
     return named == [tuple(classes) for classes in classified]
 
 

@@ -239,9 +239,9 @@ def test_no_process_survives_the_supervisor_also_if_it_is_stopped(bundle_path, j
 
 # Settings, cores, whether a GPU can be used -> front ends
 NUMBERS: dict[str, tuple[dict[str, Any], int, bool, int]] = {
-    "a GPU": ({}, 16, True, 4),
-    "few cores": ({}, 4, True, 2),
-    "many cores": ({}, 64, True, 16),
+    "a GPU": ({}, 16, True, 8),
+    "few cores": ({}, 3, True, 2),
+    "many cores": ({}, 64, True, 32),
     "a CPU": ({}, 16, False, 0),
     "a runtime of a CPU beside a GPU": ({"runtime": "onnxruntime-cpu"}, 16, True, 0),
     "a device that is a CPU": ({"devices": ("0", "cpu")}, 16, True, 0),
