@@ -124,7 +124,7 @@ def panels(page: str) -> list[Panel]:
             )
         )
     (head,) = (row[1:4] for row in rows if row[0] == "image")
-    (cells,) = (row[1:4] for row in rows if row[0] == PHONE)
+    cells = next(row[1:4] for row in rows if row[0] == PHONE)
     rates = {
         name.rpartition(" ")[2]: float(cell) for name, cell in zip(head, cells, strict=True)
     }
