@@ -20,7 +20,7 @@ and 2,080 elements. Only ResNet-164 fits, with 2,080, 8,256 and 8,256.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pydantic
@@ -90,6 +90,9 @@ class DSoP(Classifier):
     Attributes:
         tap_stages: The taps of each stage: `layer2` has `layer2.0`, `layer2.1` and so on.
         taps_are_stages: Each tap is a stage of its own.
+        last_map: Name and channels of the last feature map, if a convolution lies between the last stage and the
+            pooling. The branch of the last stage then reads this map, right before the pooling (section
+            III-A), and has no blocks: one block of so many channels has more parameters than a whole stage.
         branch_activation: The activation at the end of a branch's dimension reduction.
         normalize_branches: Batch norm and ReLU precede the pooling of a branch, for backbones whose blocks do
             not end in an activation.
@@ -97,6 +100,7 @@ class DSoP(Classifier):
 
     training_only = ("branches",)
     taps_are_stages: ClassVar[bool] = False
+    last_map: tuple[str, int] | None = None
     branch_activation: ClassVar[type[nn.ReLU] | type[nn.SiLU]] = nn.ReLU
     normalize_branches: ClassVar[bool] = False
     config: DSoPConfig
@@ -179,16 +183,44 @@ class DSoP(Classifier):
                 )
                 plans.append(plan)
 
+        # The last branch reads what the pooling reads.
+        if self.last_map is not None and plans and plans[-1].used and plans[-1].tap in taps:
+            tap, channels = self.last_map
+            plans[-1] = plans[-1]._replace(
+                tap=tap, blocks=0, stride=1, width=min(widths[-1], channels)
+            )
         return plans
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the logits of every used branch and of the network itself."""
         if not self.has_training_heads:
             return super().heads(images)
-        features, tapped = self.feature_maps(images, self.taps)
-        named_maps = zip(self.taps.values(), tapped, strict=True)  # by the name of the branch
-        logits = {name: self.branches[name](feature_map) for name, feature_map in named_maps}
+        features, maps = self.maps_at(images, self.taps)
+        logits = {name: self.branches[name](maps[tap]) for tap, name in self.taps.items()}
         return {**logits, "main": self.classify(features)}
+
+    def maps_at(
+        self, images: Tensor, taps: Collection[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the last feature map (B, C, h, w), and the maps of *taps*, of which `last_map` may be one."""
+        in_stages = [tap for tap in self.tap_channels if tap in taps]
+        features, tapped = self.feature_maps(images, in_stages)
+        maps = dict(zip(in_stages, tapped, strict=True))
+        if self.last_map is not None:
+            maps[self.last_map[0]] = features
+        return features, maps
+
+    def branch_vectors(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute the vectors (B, D) that the classifiers of the used branches read, without dropout."""
+        _, maps = self.maps_at(images, self.taps)
+        vectors = {}
+        for tap, name in self.taps.items():
+            x = maps[tap]
+            for part, module in self.branches[name].named_children():
+                if part not in ("dropout", "fc"):
+                    x = module(x)
+            vectors[name] = x
+        return vectors
 
     def loss_weights(self) -> dict[str, float]:
         """Return alpha as `main` and beta of every used branch."""
@@ -214,7 +246,8 @@ class DSoP(Classifier):
         block and its pooling, `reduction` reduces the channels to those of the covariance.
         """
         # Blocks that go on where the tap leaves the backbone.
-        channels = self.tap_channels[plan.tap]
+        last_tap, last_channels = self.last_map or ("", 0)
+        channels = last_channels if plan.tap == last_tap else self.tap_channels[plan.tap]
         blocks = [
             self.branch_block(channels, channels, plan.stride if index == 0 else 1)
             for index in range(plan.blocks)
@@ -226,7 +259,8 @@ class DSoP(Classifier):
         pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
 
         length = channels
-        if self.normalize_branches:
+        # The last map has its norm and activation.
+        if self.normalize_branches and plan.tap != last_tap:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         if self.config.aux_pooling == "isqrt":
             # `plan` limits the width to the channels, so otherwise they are equal.

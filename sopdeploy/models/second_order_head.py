@@ -257,19 +257,11 @@ class SecondOrderHead(Classifier):
         if not self.has_training_heads:
             return {"main": self.pooled_head(*self.head_inputs(images))}
 
-        # The taps of the branches and of this head, in the order of computation. EfficientNet's
-        # `conv_head` comes last; only a branch reads it, so `tap_channels` lacks it.
-        branches: dict[str, str] = vars(self)["taps"]  # of `DSoP`: names of branches by tap
-        taps = [tap for tap in self.tap_channels if tap in branches or tap in self.maps]
-        taps += [tap for tap in branches if tap not in self.tap_channels]
-
-        # Each branch reads the map at its tap, this head its own maps.
-        last, tapped = self.feature_maps(images, taps)
-        maps = dict(zip(taps, tapped, strict=True))
-        logits = {
-            name: self.get_submodule(f"branches.{name}")(maps[tap])
-            for tap, name in branches.items()
-        }
+        # Each branch of `DSoP` reads the map at its tap, this head its own maps.
+        network = cast(Any, self)
+        branches: dict[str, str] = network.taps  # names of branches by tap
+        last, maps = network.maps_at(images, {*branches, *self.maps})
+        logits = {name: network.branches[name](maps[tap]) for tap, name in branches.items()}
 
         own_maps = {tap: maps[tap] for tap in self.maps}
         own_vector = super().classify(last)  # the identity has replaced its classifier
