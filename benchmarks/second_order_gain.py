@@ -8,6 +8,8 @@ DIR has train/<class>/ and test/<class>/, FILE the ImageNet weights of timm's `t
 arms read the maps of the same frozen early stages (cached in --cache) and start from their closed form.
 
 frozen: the closed form, with all training images and with ten per class in three draws.
+first order: the best of six classifiers of averages, and of averages and deviations of three maps. The
+classifier and its constants are chosen by cross-validation.
 rates: of each arm three learning rates on the first half of the classes of the first set.
 tuned: the last stages and all heads are trained on the second half of the classes of every set, at the
 rate that was chosen, for --epochs or until the validation loss has not fallen for four epochs. A fifth of
@@ -36,7 +38,8 @@ import numpy as np
 import torch
 from gain.arms import ARMS, AVERAGES, TWICE, Arm, build, start_from_closed_form
 from gain.cost import cost_table
-from gain.frozen import FROZEN, frozen_answers
+from gain.first_order import FIRST_ORDER
+from gain.frozen import FROZEN, first_order_answers, frozen_answers
 from gain.maps import ImageSet, Part, open_set
 from gain.moment_probing import PROBES, probe
 from gain.report import build_tables, update_file
@@ -58,7 +61,7 @@ DRAWS = 3
 PROBE_RATES = (1e-3, 3e-3)
 PROBE_EPOCHS = 40
 VALIDATION = 0.2  # of the training images of each class
-STAGES = ("frozen", "rates", "tuned", "probes")
+STAGES = ("frozen", "first order", "rates", "tuned", "probes")
 Indices = NDArray[np.int64]
 
 
@@ -71,7 +74,9 @@ def main(arguments: list[str]) -> int:
     names = [name for name, _ in given.data]
     if not given.report:
         weights = read_weights_file(NETWORK, given.weights).tensors
-        trains = given.stage != ["frozen"]  # mirrored copies are for training only
+        trains = bool(
+            {"rates", "tuned"} & {*given.stage}
+        )  # mirrored copies are for training only
         sets = [
             open_set(name, folder, weights, given.side, given.cache, with_mirrored=trains)
             for name, folder in given.data
@@ -79,6 +84,9 @@ def main(arguments: list[str]) -> int:
         if "frozen" in given.stage:
             for images in sets:
                 run_frozen(lines, images, weights, given.side)
+        if "first order" in given.stage:
+            for images in sets:
+                run_first_order(lines, images, weights, given.side)
         if "rates" in given.stage:
             run_rates(lines, sets[0], weights, given.side, given.arms)
         if "tuned" in given.stage:
@@ -119,6 +127,20 @@ def run_frozen(lines: Lines, images: ImageSet, weights: Mapping[str, Any], side:
             stage="frozen", images=images.name, side=side, arm=arm, seed=seed, per_class=count
         )
         add(lines, case, right)
+
+
+def run_first_order(
+    lines: Lines, images: ImageSet, weights: Mapping[str, Any], side: int
+) -> None:
+    """Choose classifiers of first-order statistics of *images* by cross-validation."""
+    cases = {
+        arm: Case(stage="first order", images=images.name, side=side, arm=arm)
+        for arm in FIRST_ORDER
+    }
+    if all(lines.find(case) is not None for case in cases.values()):
+        return
+    for arm, right in first_order_answers(images, weights):
+        add(lines, cases[arm], right)
 
 
 def run_rates(
