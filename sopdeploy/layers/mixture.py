@@ -344,9 +344,7 @@ def softmax_of_largest(logits_BN: Tensor, chosen: int) -> Tensor:
     return logits_BN.masked_fill(rank(logits_BN) >= chosen, float("-inf")).softmax(dim=1)
 
 
-def balance_loss(
-    weights_BN: Tensor, alpha: float | None, batches_per_step: int = 1
-) -> Tensor:
+def balance_loss(weights_BN: Tensor, alpha: float | None, batches_per_step: int = 1) -> Tensor:
     """Compute alpha / S (std / mean)^2 of the load (N,), the sum of *weights_BN* over the images.
 
     S is the number of images of a step, which has *batches_per_step* batches like this one.
