@@ -1,8 +1,8 @@
 """Does second order pay? Accuracy of second-order heads on folders of images, frozen and fine-tuned.
 
     python benchmarks/second_order_gain.py --weights FILE --data NAME=DIR ... --out FILE
-        [--cache DIR] [--side 224] [--seeds 3] [--epochs 20] [--stage NAME ...] [--arms NAME ...]
-        [--report] [--cost] [--tables FILE ...]
+        [--cache DIR] [--side 224] [--seeds 3] [--epochs 20] [--per-class 0] [--stage NAME ...]
+        [--arms NAME ...] [--report] [--cost] [--tables FILE ...]
 
 DIR has train/<class>/ and test/<class>/, FILE the ImageNet weights of timm's `tf_efficientnet_lite0`. All
 arms read the maps of the same frozen early stages (cached in --cache) and start from their closed form.
@@ -191,6 +191,7 @@ def run_tuned(
                     seed=seed,
                     rate=rate,
                     epochs=arm.times * given.epochs,
+                    per_class=given.per_class,
                 )
                 if lines.find(case) is None:
                     train_and_add(lines, case, arm, half, weights)
@@ -366,6 +367,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add_option("--side", type=int, default=224, help="of the images in pixels (224)")
     add_option("--seeds", type=int, default=3, help="number of seeds (3)")
     add_option("--epochs", type=int, default=20, help="at most so many (20)")
+    add_option(
+        "--per-class", type=int, default=0, help="training images to fine-tune on (0: all)"
+    )
     add_option("--stage", choices=STAGES, nargs="+", default=STAGES, help="what to run (all)")
     add_option("--arms", choices=ARMS, nargs="+", default=[*ARMS], help="to train (all)")
     add_option(

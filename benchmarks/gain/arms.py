@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from gain.maps import ENTRY_TAP, LAST_CACHED, LATE_TAP, Part, Weights
 from sopdeploy.models.base import Classifier
@@ -30,12 +30,24 @@ FOLDS = 10  # of the cross-validation that finds the temperature, as in `train`
 
 
 class Arm(NamedTuple):
-    """A network of the catalog with its options; `times` multiplies the epochs, `control` names another arm."""
+    """A network of the catalog with its options.
+
+    `controls` names other arms, `times` multiplies the epochs. With `averages_experts`, there is no gate.
+    """
 
     network: str
     config: Mapping[str, Any]
-    control: str = ""
+    controls: tuple[str, ...] = ()
     times: int = 1
+    averages_experts: bool = False
+
+
+class NoNoise(nn.Module):
+    """In place of the gate's noise: nothing is added to the logits."""
+
+    def forward(self, feature_BD: Tensor) -> Tensor:
+        """Return 0."""
+        return feature_BD.new_zeros(())
 
 
 def _head(kind: str) -> dict[str, Any]:
@@ -51,6 +63,7 @@ AVERAGES, THREE_MAPS, DEFAULT = (
     "averages + roots (default)",
 )
 ROOTS, TWICE = "roots alone", "averages, twice the epochs"
+EVEN = "all 16 experts averaged (Ave-SOP-16) + averages"
 DSOP, GSOP, GMSOP = (
     "DSoP: averages, branch detached",
     "GSoP blocks + default",
@@ -58,10 +71,10 @@ DSOP, GSOP, GMSOP = (
 )
 ARMS: Mapping[str, Arm] = {
     AVERAGES: Arm(LITE, {"head": _head("gap")}),
-    DEFAULT: Arm(LITE, {"head": _head("gap+isqrt")}, control=THREE_MAPS),
-    DSOP: Arm("head:dsop-efficientnet-lite0", {"head": _head("gap")}, control=AVERAGES),
+    DEFAULT: Arm(LITE, {"head": _head("gap+isqrt")}, controls=(THREE_MAPS,)),
+    DSOP: Arm("head:dsop-efficientnet-lite0", {"head": _head("gap")}, controls=(AVERAGES,)),
     THREE_MAPS: Arm(LITE, {"head": _head("gap+mean")}),
-    ROOTS: Arm(LITE, {"head": _head("isqrt")}, control=THREE_MAPS),
+    ROOTS: Arm(LITE, {"head": _head("isqrt")}, controls=(THREE_MAPS,)),
     GSOP: Arm(
         "head:gsop-net1-efficientnet-lite0",
         {
@@ -69,9 +82,19 @@ ARMS: Mapping[str, Arm] = {
             "block_stages": ("blocks.4", "blocks.6"),
             "gate_bias": -2.0,
         },
-        control=DEFAULT,
+        controls=(DEFAULT,),
     ),
-    GMSOP: Arm("gmsop-head:efficientnet-lite0", {"head": _head("gap+isqrt")}, control=DEFAULT),
+    GMSOP: Arm(
+        "gmsop-head:efficientnet-lite0",
+        {"head": _head("gap+isqrt")},
+        controls=(DEFAULT, EVEN),
+    ),
+    EVEN: Arm(
+        "gmsop-head:efficientnet-lite0",
+        {"head": {**_head("gap+isqrt"), "chosen": 16, "balance_weight": 0.0}},
+        controls=(DEFAULT,),
+        averages_experts=True,
+    ),
     TWICE: Arm(LITE, {"head": _head("gap")}, times=2),
 }
 
@@ -87,6 +110,10 @@ def build(arm: Arm, weights: Weights, num_classes: int, seed: int) -> SecondOrde
     )
     fitting = {name: tensor for name, tensor in weights.items() if name in network.state_dict()}
     network.load_state_dict(fitting, strict=False)
+    if arm.averages_experts:  # the weights of the gate are equal at first, and remain so
+        gate = network.pooled_head.get_submodule("gate")
+        gate.get_parameter("weight").requires_grad_(False)
+        gate.add_module("noise", NoNoise())
 
     # The cached maps are what the stages up to `LAST_CACHED` compute.
     for part in network.stem_parts:

@@ -143,9 +143,10 @@ def _tuned_rows(lines: Lines, name: str, side: int) -> list[list[str]]:
             continue
         ours = _answers(of_arm)
         frozen = _answers(of_arm, frozen=True)
-        control = ARMS[arm].control
+        over_controls = [
+            describe_gain(ours, _answers(runs[control])) for control in ARMS[arm].controls
+        ]
         per_epoch = fmean(line.seconds / (len(line.losses) - 1) for line in of_arm)
-        over_control = describe_gain(ours, _answers(runs[control])) if control else ""
         rows.append(
             [
                 f"{arm} ({len(of_arm)})",
@@ -153,7 +154,7 @@ def _tuned_rows(lines: Lines, name: str, side: int) -> list[list[str]]:
                 f"{mean_accuracy(list(ours.values())):.1f}",
                 "" if arm == AVERAGES else describe_gain(ours, averages),
                 "" if arm in (AVERAGES, TWICE) else describe_gain(ours, for_longer),
-                over_control,
+                "; ".join(gain for gain in over_controls if gain),
                 describe_gain(ours, frozen),
                 f"{per_epoch:.0f}",
             ]

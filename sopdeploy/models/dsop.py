@@ -21,7 +21,7 @@ and 2,080 elements. Only ResNet-164 fits, with 2,080, 8,256 and 8,256.
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import pydantic
 from torch import Tensor, nn
@@ -90,9 +90,6 @@ class DSoP(Classifier):
     Attributes:
         tap_stages: The taps of each stage: `layer2` has `layer2.0`, `layer2.1` and so on.
         taps_are_stages: Each tap is a stage of its own.
-        last_map: Name and channels of the last feature map, if a convolution lies between the last stage and the
-            pooling. The branch of the last stage then reads this map, right before the pooling (section
-            III-A), and has no blocks: one block of so many channels has more parameters than a whole stage.
         branch_activation: The activation at the end of a branch's dimension reduction.
         normalize_branches: Batch norm and ReLU precede the pooling of a branch, for backbones whose blocks do
             not end in an activation.
@@ -100,7 +97,6 @@ class DSoP(Classifier):
 
     training_only = ("branches",)
     taps_are_stages: ClassVar[bool] = False
-    last_map: tuple[str, int] | None = None
     branch_activation: ClassVar[type[nn.ReLU] | type[nn.SiLU]] = nn.ReLU
     normalize_branches: ClassVar[bool] = False
     config: DSoPConfig
@@ -191,6 +187,15 @@ class DSoP(Classifier):
             )
         return plans
 
+    @property
+    def last_map(self) -> tuple[str, int] | None:
+        """Name and channels of the last feature map, if a convolution computes it from that of the last stage.
+
+        The branch of the last stage then reads this map, right before the pooling (section III-A), and has
+        no blocks: one block of so many channels has more parameters than a whole stage.
+        """
+        return None
+
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the logits of every used branch and of the network itself."""
         if not self.has_training_heads:
@@ -221,6 +226,10 @@ class DSoP(Classifier):
                     x = module(x)
             vectors[name] = x
         return vectors
+
+    def branch_classifier(self, name: str) -> nn.Linear:
+        """Return the linear classifier of the branch *name*."""
+        return cast(nn.Linear, self.branches[name].get_submodule("fc"))
 
     def loss_weights(self) -> dict[str, float]:
         """Return alpha as `main` and beta of every used branch."""

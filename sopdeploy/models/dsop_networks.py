@@ -89,8 +89,12 @@ class DSoPEfficientNet(DSoP, EfficientNet):
 
     inference_class = EfficientNet
     branch_activation = nn.SiLU
-    last_map = ("conv_head", HEAD_CHANNELS)
     config: DSoPEfficientNetConfig
+
+    @property
+    def last_map(self) -> tuple[str, int]:
+        """The map of the convolution before the pooling."""
+        return "conv_head", HEAD_CHANNELS
 
     def paper_branches(self) -> PaperBranches:
         """Return two branches, of `blocks.4` and `blocks.6`, the fifth and the seventh stage.
@@ -124,8 +128,12 @@ class DSoPEfficientNetLite(DSoP, EfficientNetLite):
     """
 
     inference_class = EfficientNetLite
-    last_map = ("conv_head", HEAD_CHANNELS)
     config: DSoPEfficientNetLiteConfig
+
+    @property
+    def last_map(self) -> tuple[str, int]:
+        """The map of the convolution before the pooling."""
+        return "conv_head", HEAD_CHANNELS
 
     def paper_branches(self) -> PaperBranches:
         """Return two branches, of `blocks.4` and `blocks.6`, as on EfficientNet-b0."""
@@ -239,7 +247,7 @@ class DSoPTimm(DSoP, TimmBackbone):
     config: DSoPTimmConfig
 
     @property
-    def last_map(self) -> tuple[str, int] | None:  # type: ignore[override]
+    def last_map(self) -> tuple[str, int] | None:
         """Name and channels of the map before the pooling, if a convolution after the last stage computes it."""
         channels = self.maps_of_timm.last
         if channels is None or self.config.last_branch == "stage":

@@ -145,13 +145,7 @@ def _fit_branches(setup: Setup, network: DSoP) -> None:
 
     def compute(module: nn.Module) -> NDArray[np.float64]:
         vars(module)[IMAGES_FORMAT] = images_format(network)
-        rows, _ = predict_logits(
-            module,
-            dataset,
-            recipe.preprocess,
-            batch_size=recipe.batch_size,
-            workers=recipe.workers,
-        )
+        rows, _ = predict_logits(module, dataset, recipe.preprocess, workers=recipe.workers)
         return rows
 
     groups = range(count) if chosen.groups is None else chosen.groups

@@ -40,13 +40,13 @@ class BranchVectors(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Compute the vectors of normalized images (B, 3, H, W)."""
         for norm in self.norms:
-            norm.training = self.calibrates
+            norm.training = self.calibrates and len(images) > 1
         return torch.cat(list(self.network.branch_vectors(images).values()), dim=1)
 
 
 def count_images(network: DSoP, available: int) -> int:
     """Return how many of the *available* images `fit_branches` should read, so that vectors fit into memory."""
-    length = sum(network.branches[name].fc.in_features for name in network.taps.values())
+    length = sum(network.branch_classifier(name).in_features for name in network.taps.values())
     return max(1, min(available, MAX_VALUES // length))
 
 
@@ -76,7 +76,7 @@ def fit_branches(
     shrinkages = {}
     start = 0
     for name in network.taps.values():
-        classifier = network.branches[name].fc
+        classifier = network.branch_classifier(name)
         own_ND = vectors_ND[:, start : start + classifier.in_features]
         start += classifier.in_features
         space = Space.of([own_ND[order_N[:MAX_RANK]]])
