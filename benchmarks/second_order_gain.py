@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gain.arms import ARMS, AVERAGES, TWICE, Arm, build, start_from_closed_form
+from gain.arms import ARMS, AVERAGES, EVEN, GMSOP, TWICE, Arm, build, start_from_closed_form
 from gain.cost import cost_table
 from gain.first_order import FIRST_ORDER
 from gain.frozen import FROZEN, first_order_answers, frozen_answers
@@ -61,6 +61,7 @@ DRAWS = 3
 PROBE_RATES = (1e-3, 3e-3)
 PROBE_EPOCHS = 40
 VALIDATION = 0.2  # of the training images of each class
+SAME_RATE = {TWICE: AVERAGES, EVEN: GMSOP}  # arms that take the rate of another one
 STAGES = ("frozen", "first order", "rates", "tuned", "probes")
 Indices = NDArray[np.int64]
 
@@ -150,7 +151,7 @@ def run_rates(
     half = select_classes(images, np.arange(len(images.labels) // 2))
     for name in arms:
         arm = ARMS[name]
-        if arm.times > 1:
+        if name in SAME_RATE:
             continue
         for rate in RATES:
             case = Case(
@@ -175,12 +176,12 @@ def run_tuned(
     """Train each of the given arms on the second half of the classes of all *sets*, seed by seed."""
     rates = chosen_rates(lines, sets[0].name, given.side)
     for seed in range(given.seeds):
-        for images in sets:
+        for images in (*sets[1:], sets[0]):  # first those on which nothing is chosen
             count = len(images.labels)
             half = select_classes(images, np.arange(count // 2, count))
             for name in given.arms:
                 arm = ARMS[name]
-                rate = rates.get(AVERAGES if name == TWICE else name)
+                rate = rates.get(SAME_RATE.get(name, name))
                 if rate is None:
                     continue
                 case = Case(

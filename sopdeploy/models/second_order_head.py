@@ -240,8 +240,9 @@ class SecondOrderHead(Classifier):
         device = next(self.parameters()).device
         return network.to(device, memory_format=torch.contiguous_format).train(self.training)  # type: ignore[call-overload]
 
+    @property
     def num_features(self) -> int:
-        """Return the length D of the vector."""
+        """The length D of the vector."""
         return self.pooled_head.fc.in_features
 
     def logits_layer(self) -> nn.Linear:

@@ -275,8 +275,9 @@ class TimmBackbone(Backbone):
         """Compute logits by timm's `forward_head`."""
         return self.timm_network.forward_head(features)
 
+    @property
     def num_features(self) -> int:
-        """Return the length of the vector that timm's classifier reads."""
+        """The length of the vector that timm's classifier reads."""
         return self.head_channels
 
 
