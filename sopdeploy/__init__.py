@@ -8,8 +8,10 @@ methods to your own network, and `register_model` gives it a name that `train` a
 `register_pooling`, `register_data_source`, `register_runtime` and `register_importer` add
 names, too, also from a plug-in; a `DataSource` opens a `Split` of `LabeledImages`.
 `create_model(name, num_classes, pretrained=True)` builds a network of the catalog,
-`list_models("gsop*")` lists the names, and `describe(name)` counts parameters and multiply-adds. `sopdeploy.layers` has the second-order layers. Importing
-sopdeploy does not import torch; `predict`, `classify` and `serve` do not need it.
+`list_models("gsop*")` lists the names, and `describe(name)` counts parameters and
+multiply-adds. `sopdeploy.timm` registers the networks in timm, `sopdeploy.layers` has the
+second-order layers. Importing sopdeploy does not import torch; `predict`, `classify` and
+`serve` do not need it.
 """
 
 import os
