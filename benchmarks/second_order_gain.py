@@ -1,13 +1,15 @@
 """Does second order pay? Accuracy of second-order heads on folders of images, frozen and fine-tuned.
 
     python benchmarks/second_order_gain.py --weights FILE --data NAME=DIR ... --out FILE
-        [--cache DIR] [--side 224] [--seeds 3] [--epochs 20] [--stage NAME ...] [--arms NAME ...]
-        [--report] [--cost] [--tables FILE ...]
+        [--cache DIR] [--side 224] [--seeds 3] [--epochs 20] [--per-class 0] [--stage NAME ...]
+        [--arms NAME ...] [--report] [--cost] [--tables FILE ...]
 
 DIR has train/<class>/ and test/<class>/, FILE the ImageNet weights of timm's `tf_efficientnet_lite0`. All
 arms read the maps of the same frozen early stages (cached in --cache) and start from their closed form.
 
 frozen: the closed form, with all training images and with ten per class in three draws.
+first order: the best of six classifiers of averages, and of averages and deviations of three maps. The
+classifier and its constants are chosen by cross-validation.
 rates: of each arm three learning rates on the first half of the classes of the first set.
 tuned: the last stages and all heads are trained on the second half of the classes of every set, at the
 rate that was chosen, for --epochs or until the validation loss has not fallen for four epochs. A fifth of
@@ -34,9 +36,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from gain.arms import ARMS, AVERAGES, TWICE, Arm, build, start_from_closed_form
+from gain.arms import ARMS, AVERAGES, EVEN, GMSOP, TWICE, Arm, build, start_from_closed_form
 from gain.cost import cost_table
-from gain.frozen import FROZEN, frozen_answers
+from gain.first_order import FIRST_ORDER
+from gain.frozen import FROZEN, first_order_answers, frozen_answers
 from gain.maps import ImageSet, Part, open_set
 from gain.moment_probing import PROBES, probe
 from gain.report import build_tables, update_file
@@ -58,7 +61,8 @@ DRAWS = 3
 PROBE_RATES = (1e-3, 3e-3)
 PROBE_EPOCHS = 40
 VALIDATION = 0.2  # of the training images of each class
-STAGES = ("frozen", "rates", "tuned", "probes")
+SAME_RATE = {TWICE: AVERAGES, EVEN: GMSOP}  # arms that take the rate of another one
+STAGES = ("frozen", "first order", "rates", "tuned", "probes")
 Indices = NDArray[np.int64]
 
 
@@ -71,7 +75,9 @@ def main(arguments: list[str]) -> int:
     names = [name for name, _ in given.data]
     if not given.report:
         weights = read_weights_file(NETWORK, given.weights).tensors
-        trains = given.stage != ["frozen"]  # mirrored copies are for training only
+        trains = bool(
+            {"rates", "tuned"} & {*given.stage}
+        )  # mirrored copies are for training only
         sets = [
             open_set(name, folder, weights, given.side, given.cache, with_mirrored=trains)
             for name, folder in given.data
@@ -79,6 +85,9 @@ def main(arguments: list[str]) -> int:
         if "frozen" in given.stage:
             for images in sets:
                 run_frozen(lines, images, weights, given.side)
+        if "first order" in given.stage:
+            for images in sets:
+                run_first_order(lines, images, weights, given.side)
         if "rates" in given.stage:
             run_rates(lines, sets[0], weights, given.side, given.arms)
         if "tuned" in given.stage:
@@ -121,6 +130,20 @@ def run_frozen(lines: Lines, images: ImageSet, weights: Mapping[str, Any], side:
         add(lines, case, right)
 
 
+def run_first_order(
+    lines: Lines, images: ImageSet, weights: Mapping[str, Any], side: int
+) -> None:
+    """Choose classifiers of first-order statistics of *images* by cross-validation."""
+    cases = {
+        arm: Case(stage="first order", images=images.name, side=side, arm=arm)
+        for arm in FIRST_ORDER
+    }
+    if all(lines.find(case) is not None for case in cases.values()):
+        return
+    for arm, right in first_order_answers(images, weights):
+        add(lines, cases[arm], right)
+
+
 def run_rates(
     lines: Lines, images: ImageSet, weights: Mapping[str, Any], side: int, arms: Sequence[str]
 ) -> None:
@@ -128,7 +151,7 @@ def run_rates(
     half = select_classes(images, np.arange(len(images.labels) // 2))
     for name in arms:
         arm = ARMS[name]
-        if arm.times > 1:
+        if name in SAME_RATE:
             continue
         for rate in RATES:
             case = Case(
@@ -153,12 +176,12 @@ def run_tuned(
     """Train each of the given arms on the second half of the classes of all *sets*, seed by seed."""
     rates = chosen_rates(lines, sets[0].name, given.side)
     for seed in range(given.seeds):
-        for images in sets:
+        for images in (*sets[1:], sets[0]):  # first those on which nothing is chosen
             count = len(images.labels)
             half = select_classes(images, np.arange(count // 2, count))
             for name in given.arms:
                 arm = ARMS[name]
-                rate = rates.get(AVERAGES if name == TWICE else name)
+                rate = rates.get(SAME_RATE.get(name, name))
                 if rate is None:
                     continue
                 case = Case(
@@ -169,6 +192,7 @@ def run_tuned(
                     seed=seed,
                     rate=rate,
                     epochs=arm.times * given.epochs,
+                    per_class=given.per_class,
                 )
                 if lines.find(case) is None:
                     train_and_add(lines, case, arm, half, weights)
@@ -344,6 +368,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add_option("--side", type=int, default=224, help="of the images in pixels (224)")
     add_option("--seeds", type=int, default=3, help="number of seeds (3)")
     add_option("--epochs", type=int, default=20, help="at most so many (20)")
+    add_option(
+        "--per-class", type=int, default=0, help="training images to fine-tune on (0: all)"
+    )
     add_option("--stage", choices=STAGES, nargs="+", default=STAGES, help="what to run (all)")
     add_option("--arms", choices=ARMS, nargs="+", default=[*ARMS], help="to train (all)")
     add_option(

@@ -21,6 +21,7 @@ possible:
 - `dsop-timm:NAME`: a network of timm with the auxiliary branches of [DSoP](second-order.md).
 - `head:NAME`: the network NAME with a linear classifier on first-order and second-order statistics of its features.
 - `dsop-head:NAME`: the network NAME with average pooling, and the classifier of `head:NAME` as an auxiliary branch.
+  So `fine-tune-dsop` trained in 0.4. The branch has no layers of its own, which the paper needs: train `dsop-NAME`.
 - `gmsop-head:NAME`: like `head:NAME`, with N matrix square roots for each feature map. A gate selects K of them for
   each image.
 

@@ -6,10 +6,12 @@ same names do, with the same defaults. `export_network` exports any PyTorch clas
 `unused_modules` lists the parts that its output does not need. `dsop` and `isqrt` apply these
 methods to your own network, and `register_model` gives it a name that `train` accepts.
 `register_pooling`, `register_data_source`, `register_runtime` and `register_importer` add
-names, too, also from a plug-in. `create_model(name, num_classes, pretrained=True)` builds a
-network of the catalog, `list_models("gsop*")` lists the names, and `describe(name)` counts
-parameters and multiply-adds. `sopdeploy.layers` has the second-order layers. Importing
-sopdeploy does not import torch; `predict`, `classify` and `serve` do not need it.
+names, too, also from a plug-in; a `DataSource` opens a `Split` of `LabeledImages`.
+`create_model(name, num_classes, pretrained=True)` builds a network of the catalog,
+`list_models("gsop*")` lists the names, and `describe(name)` counts parameters and
+multiply-adds. `sopdeploy.timm` registers the networks in timm, `sopdeploy.layers` has the
+second-order layers. Importing sopdeploy does not import torch; `predict`, `classify` and
+`serve` do not need it.
 """
 
 import os
@@ -25,7 +27,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _MODULES = {
     "classify": "sopdeploy_commands.classify.run",
     "ExportOptions": "sopdeploy_export.options",
+    "DataSource": "sopdeploy.data.sources",
+    "LabeledImages": "sopdeploy.data.photos.photo",
     "Preprocess": "sopdeploy.images.preprocess",
+    "Split": "sopdeploy.data.photos.photo",
     "create_model": "sopdeploy.training.pretrained",
     "describe": "sopdeploy.models.describe",
     "dsop": "sopdeploy.models.user_network",

@@ -1,4 +1,7 @@
 from sopdeploy import layers as layers
+from sopdeploy.data.photos.photo import LabeledImages as LabeledImages
+from sopdeploy.data.photos.photo import Split as Split
+from sopdeploy.data.sources import DataSource as DataSource
 from sopdeploy.data.sources import register_data_source as register_data_source
 from sopdeploy.images.preprocess import Preprocess as Preprocess
 from sopdeploy.layers.pooling.registry import register_pooling as register_pooling

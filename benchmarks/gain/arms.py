@@ -3,6 +3,7 @@
 Letters: B images, N training images, D length of the vector, K classes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
@@ -10,12 +11,14 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from gain.maps import ENTRY_TAP, LAST_CACHED, LATE_TAP, Part, Weights
 from sopdeploy.models.base import Classifier
+from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.registry import create_model
 from sopdeploy.models.second_order_head import PooledHead, SecondOrderHead
+from sopdeploy.training.few_shot.branches import fit_branches
 from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearProblem, Space
 from sopdeploy.training.few_shot.features import PROJECTION_IMAGES, WIDTH
 from sopdeploy.training.few_shot.scaling import Scaling
@@ -27,12 +30,24 @@ FOLDS = 10  # of the cross-validation that finds the temperature, as in `train`
 
 
 class Arm(NamedTuple):
-    """A network of the catalog with its options; `times` multiplies the epochs, `control` names another arm."""
+    """A network of the catalog with its options.
+
+    `controls` names other arms, `times` multiplies the epochs. With `averages_experts`, there is no gate.
+    """
 
     network: str
     config: Mapping[str, Any]
-    control: str = ""
+    controls: tuple[str, ...] = ()
     times: int = 1
+    averages_experts: bool = False
+
+
+class NoNoise(nn.Module):
+    """In place of the gate's noise: nothing is added to the logits."""
+
+    def forward(self, feature_BD: Tensor) -> Tensor:
+        """Return 0."""
+        return feature_BD.new_zeros(())
 
 
 def _head(kind: str) -> dict[str, Any]:
@@ -48,6 +63,7 @@ AVERAGES, THREE_MAPS, DEFAULT = (
     "averages + roots (default)",
 )
 ROOTS, TWICE = "roots alone", "averages, twice the epochs"
+EVEN = "all 16 experts averaged (Ave-SOP-16) + averages"
 DSOP, GSOP, GMSOP = (
     "DSoP: averages, branch detached",
     "GSoP blocks + default",
@@ -55,23 +71,30 @@ DSOP, GSOP, GMSOP = (
 )
 ARMS: Mapping[str, Arm] = {
     AVERAGES: Arm(LITE, {"head": _head("gap")}),
-    DEFAULT: Arm(LITE, {"head": _head("gap+isqrt")}, control=THREE_MAPS),
-    DSOP: Arm(
-        "dsop-head:efficientnet-lite0",
-        {"head": _head("gap"), "branch": _head("gap+isqrt")},
-    ),
+    DEFAULT: Arm(LITE, {"head": _head("gap+isqrt")}, controls=(THREE_MAPS,)),
+    DSOP: Arm("head:dsop-efficientnet-lite0", {"head": _head("gap")}, controls=(AVERAGES,)),
     THREE_MAPS: Arm(LITE, {"head": _head("gap+mean")}),
-    ROOTS: Arm(LITE, {"head": _head("isqrt")}, control=THREE_MAPS),
+    ROOTS: Arm(LITE, {"head": _head("isqrt")}, controls=(THREE_MAPS,)),
     GSOP: Arm(
         "head:gsop-net1-efficientnet-lite0",
         {
             "head": _head("gap+isqrt"),
-            "block_stages": (LAST_CACHED, "blocks.6"),
-            "gate_bias": -4.0,
+            "block_stages": ("blocks.4", "blocks.6"),
+            "gate_bias": -2.0,
         },
-        control=DEFAULT,
+        controls=(DEFAULT,),
     ),
-    GMSOP: Arm("gmsop-head:efficientnet-lite0", {"head": _head("gap+isqrt")}, control=DEFAULT),
+    GMSOP: Arm(
+        "gmsop-head:efficientnet-lite0",
+        {"head": _head("gap+isqrt")},
+        controls=(DEFAULT, EVEN),
+    ),
+    EVEN: Arm(
+        "gmsop-head:efficientnet-lite0",
+        {"head": {**_head("gap+isqrt"), "chosen": 16, "balance_weight": 0.0}},
+        controls=(DEFAULT,),
+        averages_experts=True,
+    ),
     TWICE: Arm(LITE, {"head": _head("gap")}, times=2),
 }
 
@@ -79,7 +102,7 @@ ARMS: Mapping[str, Arm] = {
 def build(arm: Arm, weights: Weights, num_classes: int, seed: int) -> SecondOrderHead:
     """Build the network of *arm* with the backbone's *weights*, whose early stages are identities.
 
-    So it maps cached maps (B, 112, h, w) to logits. The random weights of new layers depend on *seed*.
+    So it maps cached maps (B, 40, h, w) to logits. The random weights of new layers depend on *seed*.
     """
     torch.manual_seed(seed)
     network = cast(
@@ -87,6 +110,10 @@ def build(arm: Arm, weights: Weights, num_classes: int, seed: int) -> SecondOrde
     )
     fitting = {name: tensor for name, tensor in weights.items() if name in network.state_dict()}
     network.load_state_dict(fitting, strict=False)
+    if arm.averages_experts:  # the weights of the gate are equal at first, and remain so
+        gate = network.pooled_head.get_submodule("gate")
+        gate.get_parameter("weight").requires_grad_(False)
+        gate.add_module("noise", NoNoise())
 
     # The cached maps are what the stages up to `LAST_CACHED` compute.
     for part in network.stem_parts:
@@ -102,26 +129,20 @@ def build(arm: Arm, weights: Weights, num_classes: int, seed: int) -> SecondOrde
     return network.to(memory_format=torch.channels_last).eval()
 
 
-def heads_of(network: SecondOrderHead) -> list[PooledHead]:
-    """List the head of *network*, and its branch if it has one."""
-    return [head for head in network.children() if isinstance(head, PooledHead)]
-
-
 @torch.no_grad()
 def fit_projections(network: SecondOrderHead, train: Part, members: NDArray[np.int64]) -> None:
-    """Fit the projections of all heads of *network* to the maps of the first *members*."""
+    """Fit the projections of the head of *network* to the maps of the first *members*."""
+    head = network.pooled_head
+    if not head.channels:
+        return
     chosen = np.random.default_rng(0).permutation(members)[:PROJECTION_IMAGES]
-    taps = {tap: 0 for head in heads_of(network) for tap in head.channels}
     batches = []
     for start in range(0, len(chosen), BATCH):
         _, tapped = network.feature_maps(
-            train.select(np.sort(chosen[start : start + BATCH])), taps
+            train.select(np.sort(chosen[start : start + BATCH])), head.channels
         )
-        batches.append(dict(zip(taps, tapped, strict=True)))
-
-    for head in heads_of(network):
-        if head.channels:
-            head.fit_projection(batches)
+        batches.append(dict(zip(head.channels, tapped, strict=True)))
+    head.fit_projection(batches)
 
 
 @torch.no_grad()
@@ -168,15 +189,23 @@ def fit_closed_form(
     targets: NDArray[np.int64],
     num_classes: int,
     seed: int,
+    *,
+    to_learn: bool = False,
 ) -> Fitted:
-    """Fit the classifier of `train` to vectors whose *parts* are (N, D_i): a discriminant, and its temperature."""
+    """Fit the classifier of `train` to vectors whose *parts* are (N, D_i): a discriminant, and its temperature.
+
+    With *to_learn*, it is shrunk until it does not interpolate, as the start of `fine_tune`.
+    """
     order = np.random.default_rng(seed).permutation(len(targets))
     space = Space.of([part[order[:MAX_RANK]] for part in parts])
     vectors_ND = np.concatenate(parts, axis=1)
     classes = Targets(np.eye(num_classes)[targets], targets, activation="softmax")
     problem = LinearProblem(space, space.project(vectors_ND), vectors_ND, classes)
     folds = classes.folds([str(index) for index in range(len(targets))], FOLDS, seed)
-    scaling = Scaling.fit([problem.cross_validate(folds)], classes)
+    if to_learn:
+        problem, scaling = problem.shrink_to_learn([folds])
+    else:
+        scaling = Scaling.fit([problem.cross_validate(folds)], classes)
     head = problem.fit_all(scaling)
     return Fitted(head.weight, head.bias)
 
@@ -185,11 +214,25 @@ def fit_closed_form(
 def start_from_closed_form(
     network: SecondOrderHead, train: Part, members: NDArray[np.int64], seed: int
 ) -> None:
-    """Set projections and classifiers of all heads of *network* to their closed form on *members*."""
+    """Set projections and classifiers of the head and the branches of *network* to closed forms on *members*."""
     fit_projections(network, train, members)
-    for head in heads_of(network):
-        vectors = vectors_of(network, head, train, members)
-        parts = [vectors[:, columns] for columns in columns_of(head)]
-        fitted = fit_closed_form(parts, train.targets[members], network.num_classes, seed)
-        head.fc.weight.copy_(torch.from_numpy(fitted.weight))
-        head.fc.bias.copy_(torch.from_numpy(fitted.bias))
+    targets = train.targets[members]
+    head = network.pooled_head
+    vectors = vectors_of(network, head, train, members)
+    parts = [vectors[:, columns] for columns in columns_of(head)]
+    fitted = fit_closed_form(parts, targets, network.num_classes, seed, to_learn=True)
+    head.fc.weight.copy_(torch.from_numpy(fitted.weight))
+    head.fc.bias.copy_(torch.from_numpy(fitted.bias))
+
+    if isinstance(network, DSoP):
+        # In random order: the batch norms of the branches see batches of all classes.
+        order = np.random.default_rng(seed).permutation(members)
+
+        def compute(module: nn.Module) -> NDArray[np.float32]:
+            batches = np.array_split(order, math.ceil(len(order) / BATCH))
+            return np.concatenate([module(train.select(batch)).numpy() for batch in batches])
+
+        classes = np.eye(network.num_classes)[train.targets[order]]
+        keys = [str(index) for index in range(len(order))]
+        of_order = Targets(classes, train.targets[order], activation="softmax")
+        fit_branches(network, compute, of_order, keys, seed)

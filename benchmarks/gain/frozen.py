@@ -1,5 +1,6 @@
 """Closed forms on statistics of the same frozen maps: means, deviations, covariances, roots."""
 
+import sys
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gain.arms import ARMS, BATCH, DEFAULT, TAPS, build, fit_closed_form, fit_projections
+from gain.first_order import FIRST_ORDER, best_answers
 from gain.maps import ImageSet, Part, Weights
 from sopdeploy.layers.covariance import covariance_matrix, covariance_trace
 from sopdeploy.models.second_order_head import SecondOrderHead
@@ -29,14 +31,34 @@ Draw = tuple[int, int]  # images per class, seed
 
 
 @torch.no_grad()
+def first_order_answers(
+    images: ImageSet, weights: Weights
+) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Yield for each arm of `FIRST_ORDER` which test images are right, with all training images."""
+    train, test = all_statistics(images, weights)
+    for arm, names in FIRST_ORDER.items():
+        vectors = [
+            np.concatenate([part for name in names for part in of_part[name]], axis=1)
+            for of_part in (train, test)
+        ]
+        name, predicted = best_answers(vectors[0], images.train.targets, vectors[1])
+        print(f"{images.name} {arm}: {name}", file=sys.stderr, flush=True)
+        yield arm, predicted == images.test.targets
+
+
+def all_statistics(images: ImageSet, weights: Weights) -> tuple[Statistics, Statistics]:
+    """Compute the statistics of the training and of the test images."""
+    network = build(ARMS[DEFAULT], weights, len(images.labels), seed=0)
+    fit_projections(network, images.train, np.arange(len(images.train.targets)))
+    return _statistics(network, images.train), _statistics(network, images.test)
+
+
+@torch.no_grad()
 def frozen_answers(
     images: ImageSet, weights: Weights, members: Mapping[Draw, NDArray[np.int64]]
 ) -> Iterator[tuple[Draw, str, NDArray[np.bool_]]]:
     """Yield for the training images *members* of each draw and each arm which test images are right."""
-    network = build(ARMS[DEFAULT], weights, len(images.labels), seed=0)
-    fit_projections(network, images.train, np.arange(len(images.train.targets)))
-    train = _statistics(network, images.train)
-    test = _statistics(network, images.test)
+    train, test = all_statistics(images, weights)
 
     for draw, chosen in members.items():
         for arm, names in FROZEN.items():

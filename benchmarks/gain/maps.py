@@ -1,6 +1,6 @@
 """The feature maps of the frozen early stages, computed once for each image and kept in a file.
 
-A run reads maps (112, side / 16, side / 16) in place of images, so an epoch costs only what the last
+A run reads maps (40, side / 8, side / 8) in place of images, so an epoch costs only what the last
 stages cost. Of training images, the maps of mirrored copies are kept, too.
 """
 
@@ -22,14 +22,14 @@ from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import create_model
 
 BATCH = 16  # images
-LAST_CACHED = "blocks.4"  # the stage whose output is cached; the stages after it are trained
+LAST_CACHED = "blocks.2"  # the stage whose output is cached; those after it are trained, as in `fine_tune`
 ENTRY_TAP = "blocks.4.2"
 LATE_TAP = "blocks.6.0"
 Weights = Mapping[str, Tensor]
 
 
 class Part(NamedTuple):
-    """The maps (N, 112, h, w) float16 of images and their targets (N,), and the maps of mirrored copies or None."""
+    """The maps (N, 40, h, w) float16 of images and their targets (N,), and the maps of mirrored copies or None."""
 
     maps: NDArray[np.float16]
     mirrored: NDArray[np.float16] | None
@@ -68,7 +68,7 @@ def open_set(
         raise DataError(f"{folder}: has no test images; give a folder with train/ and test/")
 
     digest = hashlib.sha256(next(iter(weights.values())).numpy().tobytes()).hexdigest()[:8]
-    kept = cache / f"{name}-{side}-{digest}"
+    kept = cache / f"{name}-{side}-{LAST_CACHED}-{digest}"
     kept.mkdir(parents=True, exist_ok=True)
 
     early = early_stages(weights)

@@ -8,6 +8,7 @@ from statistics import fmean
 from measure import markdown
 
 from gain.arms import ARMS, AVERAGES, DEFAULT, THREE_MAPS, TWICE
+from gain.first_order import FIRST_ORDER
 from gain.frozen import FROZEN
 from gain.moment_probing import PROBES
 from gain.runs import Answers, Line, Lines, describe_gain, mean_accuracy
@@ -26,6 +27,10 @@ def build_tables(lines: Lines, names: Sequence[str], side: int) -> list[str]:
             head = f"{name}, frozen, {images}, {side} pixels"
             columns = (head, "accuracy, %", "over averages", "over three maps")
             tables.append(markdown(columns, rows) if rows else "")
+
+        rows = _first_order_rows(lines, name, side)
+        columns = (f"{name}, first order, {side} pixels", "accuracy, %", "the default gains")
+        tables.append(markdown(columns, rows) if rows else "")
 
     rows = _rate_rows(lines, names[0], side)
     columns = (f"{names[0]}, first half of the classes", "accuracy, % (rate)", "chosen rate")
@@ -96,6 +101,23 @@ def _frozen_rows(lines: Lines, name: str, side: int, *, few: bool) -> list[list[
     ]
 
 
+def _first_order_rows(lines: Lines, name: str, side: int) -> list[list[str]]:
+    """Build the rows of the best classifiers of first-order statistics on *name*."""
+    default = {
+        line.seed: line.answers()
+        for line in lines.select("frozen", name, DEFAULT, side)
+        if not line.per_class
+    }
+    rows = []
+    for arm in FIRST_ORDER:
+        runs = lines.select("first order", name, arm, side)
+        if runs:
+            ours = _answers(runs)
+            accuracy = f"{mean_accuracy(list(ours.values())):.1f}"
+            rows.append([arm, accuracy, describe_gain(default, ours)])
+    return rows
+
+
 def _rate_rows(lines: Lines, name: str, side: int) -> list[list[str]]:
     """Build the rows of the accuracy of each rate."""
     rows = []
@@ -121,9 +143,10 @@ def _tuned_rows(lines: Lines, name: str, side: int) -> list[list[str]]:
             continue
         ours = _answers(of_arm)
         frozen = _answers(of_arm, frozen=True)
-        control = ARMS[arm].control
+        over_controls = [
+            describe_gain(ours, _answers(runs[control])) for control in ARMS[arm].controls
+        ]
         per_epoch = fmean(line.seconds / (len(line.losses) - 1) for line in of_arm)
-        over_control = describe_gain(ours, _answers(runs[control])) if control else ""
         rows.append(
             [
                 f"{arm} ({len(of_arm)})",
@@ -131,7 +154,7 @@ def _tuned_rows(lines: Lines, name: str, side: int) -> list[list[str]]:
                 f"{mean_accuracy(list(ours.values())):.1f}",
                 "" if arm == AVERAGES else describe_gain(ours, averages),
                 "" if arm in (AVERAGES, TWICE) else describe_gain(ours, for_longer),
-                over_control,
+                "; ".join(gain for gain in over_controls if gain),
                 describe_gain(ours, frozen),
                 f"{per_epoch:.0f}",
             ]

@@ -14,7 +14,7 @@ from sopdeploy.base.config import StrictModel
 from sopdeploy.base.files import atomic_write
 
 SAME_NETWORK = 0.98  # share of equal answers, right or wrong
-Stage = Literal["frozen", "rates", "tuned", "probe rates", "probes"]
+Stage = Literal["frozen", "first order", "rates", "tuned", "probe rates", "probes"]
 
 
 class Case(StrictModel):

@@ -22,7 +22,7 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 WARMUP_EPOCHS = 0.5
 NEW_FACTOR = 10.0  # layers that start at random learn ten times as fast
-NEW_PARTS = ("attention", "gate", "noise")
+NEW_PARTS = ("attention", "branches", "gate", "noise")
 PATIENCE = 4  # epochs without a lower validation loss
 
 
@@ -117,13 +117,13 @@ def _schedule(done: float, epochs: int) -> float:
 
 
 def _set_train_mode(network: SecondOrderHead) -> None:
-    """Put *network* into train mode, but keep the statistics of the loaded batch norms, and no dropout."""
+    """Put *network* into train mode, but keep the statistics of loaded batch norms; only branches have dropout."""
     network.train()
     for name, module in network.named_modules():
         keeps_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) and not _is_new(
             name
         )
-        if keeps_statistics or isinstance(module, nn.Dropout):
+        if keeps_statistics or (isinstance(module, nn.Dropout) and not _is_new(name)):
             module.eval()
 
 
@@ -177,12 +177,12 @@ def _validation_loss(
 def _branch_accuracy(
     network: SecondOrderHead, train: Part, validation: NDArray[np.int64]
 ) -> float | None:
-    """Return the accuracy of the auxiliary branch on the *validation* images; None without a branch."""
+    """Return the accuracy of the last auxiliary branch on the *validation* images; None without a branch."""
     if not network.has_training_heads:
         return None
-    logits = [
-        network.heads(train.select(validation[start : start + BATCH]))["branch"]
-        for start in range(0, len(validation), BATCH)
-    ]
+    logits = []
+    for start in range(0, len(validation), BATCH):
+        *branches, _ = network.heads(train.select(validation[start : start + BATCH])).values()
+        logits.append(branches[-1])
     predicted = torch.cat(logits).argmax(dim=1).numpy()
     return round(100.0 * float((predicted == train.targets[validation]).mean()), 2)

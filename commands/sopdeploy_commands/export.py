@@ -163,6 +163,7 @@ def _export_weights(
         check_builder("transform", source.transform, ())
     name = options.name or file_project(weights)
 
+    from sopdeploy.models.base import Classifier
     from sopdeploy_export.user_network.builder import import_transform, network_builder
     from sopdeploy_export.user_network.export_network import export_network
     from sopdeploy_export.user_network.loading import load_weights, read_weights
@@ -189,6 +190,11 @@ def _export_weights(
 
     on_step("building the network")
     network = build()
+    if isinstance(network, Classifier) and options.detach:
+        # A network of the catalog knows what is for training only, and what remains.
+        trained_only = source.training_only or network.training_only
+        source = source.model_copy(update={"training_only": trained_only})
+        plain = plain or network.inference_model
     loaded = load_weights(
         network,
         file,

@@ -377,6 +377,18 @@ def shown(value: Any) -> str:
     return repr(text[:MAX_SHOWN])
 
 
+def from_options(
+    kind: type[ModelT], given: ModelT | None, options: Mapping[str, Any]
+) -> ModelT:
+    """Return *given*, or build a *kind* from its *options*; raises `ConfigError` for both, or for wrong ones."""
+    if given is not None and options:
+        raise ConfigError(f"config: give it or {', '.join(options)}, not both")
+    try:
+        return given or kind(**options)
+    except pydantic.ValidationError as error:
+        raise ConfigError(first_problem(error, options)) from error
+
+
 def first_problem(error: pydantic.ValidationError, values: Any = None) -> str:
     """Describe the first problem in *error* as `key: reason (got value)` on one line.
 

@@ -16,14 +16,14 @@ text decides for it.
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.base.config import StrictModel
+from sopdeploy.base.config import StrictModel, from_options
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.covariance import (
     at_least_float32,
@@ -287,12 +287,13 @@ class GSoPBlock(nn.Module):
         config: Options of the block; by default the paper's.
         channels: C.
         dr_stride: Stride of the dimension reduction.
+        **options: The fields of `GSoPBlockConfig`, in the place of *config*.
 
     Raises:
-        ConfigError: `attention` is "concatenation", and C is not a multiple of 64.
+        ConfigError: An option is invalid, or `attention` is "concatenation", and C is not a multiple of 64.
 
     Examples:
-        >>> block = sopdeploy.layers.GSoPBlock(channels=256)
+        >>> block = sopdeploy.layers.GSoPBlock(channels=256, cov_width=64)
         >>> block(torch.rand(2, 256, 14, 14)).shape
         torch.Size([2, 256, 14, 14])
     """
@@ -302,10 +303,14 @@ class GSoPBlock(nn.Module):
     fusion: Concatenation | None
 
     def __init__(
-        self, config: GSoPBlockConfig | None = None, channels: int = 256, dr_stride: int = 1
+        self,
+        config: GSoPBlockConfig | None = None,
+        channels: int = 256,
+        dr_stride: int = 1,
+        **options: Any,
     ) -> None:
         super().__init__()
-        config = config or GSoPBlockConfig()
+        config = from_options(GSoPBlockConfig, config, options)
         self.config = config
         kind = config.attention
 

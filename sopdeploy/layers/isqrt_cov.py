@@ -26,7 +26,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from sopdeploy.base.config import StrictModel
+from sopdeploy.base.config import StrictModel, from_options
 from sopdeploy.layers.covariance import (
     TriangleIndices,
     at_least_float32,
@@ -174,22 +174,25 @@ class ISqrtCov(TriangleIndices, ExportHints):
     Args:
         width: d, the number of channels of the map.
         config: The Newton-Schulz iteration; by default N = 5, divided by the trace.
+        **options: The fields of `NewtonSchulzConfig`, in the place of *config*.
 
     Raises:
-        ConfigError: `forward` gets a map with another number of channels.
+        ConfigError: An option is invalid, or `forward` gets a map with another number of channels.
 
     Examples:
-        >>> pooling = sopdeploy.layers.ISqrtCov(width=64)
+        >>> pooling = sopdeploy.layers.ISqrtCov(64, iterations=3)
         >>> pooling(torch.rand(2, 64, 7, 7)).shape
         torch.Size([2, 2080])
     """
 
     keep_float32 = True
 
-    def __init__(self, width: int = 256, config: NewtonSchulzConfig | None = None) -> None:
+    def __init__(
+        self, width: int = 256, config: NewtonSchulzConfig | None = None, **options: Any
+    ) -> None:
         super().__init__()
         self.width = width
-        self.config = config or NewtonSchulzConfig()
+        self.config = from_options(NewtonSchulzConfig, config, options)
         self.out_features = width * (width + 1) // 2
         self.register_triangle(width)
 

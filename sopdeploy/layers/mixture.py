@@ -43,6 +43,8 @@ from sopdeploy.layers.covariance import at_least_float32, check_channels, withou
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig, covariance_root
 
+PAPER_ALPHA = 100.0
+PAPER_BATCH = 256  # images
 ComponentKind = Literal["gap", "sop", "linear"]
 NoisePer = Literal["image", "component"]
 
@@ -342,7 +344,7 @@ def softmax_of_largest(logits_BN: Tensor, chosen: int) -> Tensor:
     return logits_BN.masked_fill(rank(logits_BN) >= chosen, float("-inf")).softmax(dim=1)
 
 
-def balance_loss(weights_BN: Tensor, alpha: float, batches_per_step: int = 1) -> Tensor:
+def balance_loss(weights_BN: Tensor, alpha: float | None, batches_per_step: int = 1) -> Tensor:
     """Compute alpha / S (std / mean)^2 of the load (N,), the sum of *weights_BN* over the images.
 
     S is the number of images of a step, which has *batches_per_step* batches like this one.
@@ -357,7 +359,7 @@ def balance_loss(weights_BN: Tensor, alpha: float, batches_per_step: int = 1) ->
 
     Args:
         weights_BN: The weights that `SparseGate` computes.
-        alpha: The weight of the loss.
+        alpha: The weight of the loss; None gives alpha / S the paper's value for any S.
         batches_per_step: Number of batches whose gradients make one update.
 
     Returns:
@@ -377,4 +379,5 @@ def balance_loss(weights_BN: Tensor, alpha: float, batches_per_step: int = 1) ->
     # The sums; `images` is S.
     load_N = summed[:-1]
     images = summed[-1].detach() * batches_per_step
-    return alpha / images * (load_N.var(correction=1) / load_N.mean().square())
+    factor = PAPER_ALPHA / PAPER_BATCH if alpha is None else alpha / images
+    return factor * (load_N.var(correction=1) / load_N.mean().square())

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from sopdeploy.errors import ConfigError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.backbones.base import Backbone
+from sopdeploy.models.joined_heads import JoinedHeads
+from sopdeploy.models.timm_methods import TimmMethods
 
 
 def is_in(name: str, *modules: str) -> bool:
@@ -49,7 +51,7 @@ class TrainingOutput(NamedTuple):
     component_counts: Tensor | None = None
 
 
-class Classifier(Backbone):
+class Classifier(TimmMethods):
     """A network of the catalog.
 
     In eval mode `forward` returns (B, classes) logits and never uses the training-only parts.
@@ -62,12 +64,23 @@ class Classifier(Backbone):
         preprocess: The rules by which the weights that `sopdeploy.create_model` loaded see images.
         batches_per_step: Number of calls in train mode whose mean losses make one step. The training loop
             sets it to `grad_accum_steps`, for penalties that the number of images of a step divides.
+        joins_heads: Whether calls in train mode return `JoinedHeads` in the place of a `TrainingOutput`, for
+            training loops that expect logits.
     """
 
     training_only: ClassVar[tuple[str, ...]] = ()
     inference_class: ClassVar[type[Backbone] | None] = None
     preprocess: Preprocess | None = None
     batches_per_step: int = 1
+    joins_heads: bool = False
+
+    def __call__(self, *images: Any) -> Any:
+        """Run `forward`; with `joins_heads`, a `TrainingOutput` becomes one tensor."""
+        output = super().__call__(*images)
+        if not (self.joins_heads and isinstance(output, TrainingOutput)):
+            return output
+        heads = {"main": output.logits, **output.branches}
+        return JoinedHeads.of(heads, self.loss_weights(), [*output.penalties.values()])
 
     def inference_model(self) -> Backbone:
         """Build the network to export from the config, with fresh weights; shares no module with this one."""

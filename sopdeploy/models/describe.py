@@ -347,7 +347,7 @@ def describe(
         ) from problem
 
     # The papers print their figures for one image size.
-    representation = network.num_features()
+    representation = network.num_features
     figures: tuple[Published, ...] = ()
     if side == entry(name).image_size:
         figures = find_published(

@@ -20,8 +20,8 @@ and 2,080 elements. Only ResNet-164 fits, with 2,080, 8,256 and 8,256.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import pydantic
 from torch import Tensor, nn
@@ -179,16 +179,57 @@ class DSoP(Classifier):
                 )
                 plans.append(plan)
 
+        # The last branch reads what the pooling reads.
+        if self.last_map is not None and plans and plans[-1].used and plans[-1].tap in taps:
+            tap, channels = self.last_map
+            plans[-1] = plans[-1]._replace(
+                tap=tap, blocks=0, stride=1, width=min(widths[-1], channels)
+            )
         return plans
+
+    @property
+    def last_map(self) -> tuple[str, int] | None:
+        """Name and channels of the last feature map, if a convolution computes it from that of the last stage.
+
+        The branch of the last stage then reads this map, right before the pooling (section III-A), and has
+        no blocks: one block of so many channels has more parameters than a whole stage.
+        """
+        return None
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the logits of every used branch and of the network itself."""
         if not self.has_training_heads:
             return super().heads(images)
-        features, tapped = self.feature_maps(images, self.taps)
-        named_maps = zip(self.taps.values(), tapped, strict=True)  # by the name of the branch
-        logits = {name: self.branches[name](feature_map) for name, feature_map in named_maps}
+        features, maps = self.maps_at(images, self.taps)
+        logits = {name: self.branches[name](maps[tap]) for tap, name in self.taps.items()}
         return {**logits, "main": self.classify(features)}
+
+    def maps_at(
+        self, images: Tensor, taps: Collection[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the last feature map (B, C, h, w), and the maps of *taps*, of which `last_map` may be one."""
+        in_stages = [tap for tap in self.tap_channels if tap in taps]
+        features, tapped = self.feature_maps(images, in_stages)
+        maps = dict(zip(in_stages, tapped, strict=True))
+        if self.last_map is not None:
+            maps[self.last_map[0]] = features
+        return features, maps
+
+    def branch_vectors(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute the vectors (B, D) that the classifiers of the used branches read, without dropout."""
+        _, maps = self.maps_at(images, self.taps)
+        vectors = {}
+        for tap, name in self.taps.items():
+            x = maps[tap]
+            for part, module in self.branches[name].named_children():
+                if part not in ("dropout", "fc"):
+                    x = module(x)
+            vectors[name] = x
+        return vectors
+
+    def branch_classifier(self, name: str) -> nn.Linear:
+        """Return the linear classifier of the branch *name*."""
+        return cast(nn.Linear, self.branches[name].get_submodule("fc"))
 
     def loss_weights(self) -> dict[str, float]:
         """Return alpha as `main` and beta of every used branch."""
@@ -214,7 +255,8 @@ class DSoP(Classifier):
         block and its pooling, `reduction` reduces the channels to those of the covariance.
         """
         # Blocks that go on where the tap leaves the backbone.
-        channels = self.tap_channels[plan.tap]
+        last_tap, last_channels = self.last_map or ("", 0)
+        channels = last_channels if plan.tap == last_tap else self.tap_channels[plan.tap]
         blocks = [
             self.branch_block(channels, channels, plan.stride if index == 0 else 1)
             for index in range(plan.blocks)
@@ -226,7 +268,8 @@ class DSoP(Classifier):
         pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
 
         length = channels
-        if self.normalize_branches:
+        # The last map has its norm and activation.
+        if self.normalize_branches and plan.tap != last_tap:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         if self.config.aux_pooling == "isqrt":
             # `plan` limits the width to the channels, so otherwise they are equal.

@@ -1,7 +1,9 @@
 """DSoP on the backbones of the catalog and on networks of timm."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import pydantic
 from torch import nn
 
 from sopdeploy.errors import ConfigError
@@ -18,9 +20,11 @@ from sopdeploy.models.backbones.efficientnet import (
     MBCONV_STAGES,
     EfficientNet,
     EfficientNetConfig,
+    EfficientNetLite,
+    EfficientNetLiteConfig,
 )
 from sopdeploy.models.backbones.resnet import ResNet, ResNetConfig
-from sopdeploy.models.dsop import BranchPlan, DSoP, DSoPConfig, PaperBranches
+from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone, TimmConfig
 
 # Table IV, by the number of blocks of a stage
@@ -87,15 +91,15 @@ class DSoPEfficientNet(DSoP, EfficientNet):
     branch_activation = nn.SiLU
     config: DSoPEfficientNetConfig
 
-    def __init__(self, config: DSoPEfficientNetConfig, *arguments: Any) -> None:
-        super().__init__(config, *arguments)
-        # Branches alone read this map; the plain network has no such tap.
-        del self.tap_channels["conv_head"]
+    @property
+    def last_map(self) -> tuple[str, int]:
+        """The map of the convolution before the pooling."""
+        return "conv_head", HEAD_CHANNELS
 
     def paper_branches(self) -> PaperBranches:
         """Return two branches, of `blocks.4` and `blocks.6`, the fifth and the seventh stage.
 
-        The blocks of the second one say only that it is used: `plan` leaves them out.
+        The blocks of the second one say only that it is used.
         """
         return PaperBranches(
             blocks=(
@@ -111,21 +115,34 @@ class DSoPEfficientNet(DSoP, EfficientNet):
             dropout_rate=0.2,
         )
 
-    def plan(self) -> list[BranchPlan]:
-        """Plan the branches; that of the last stage reads `conv_head` and has no blocks of its own."""
-        self.tap_channels["conv_head"] = HEAD_CHANNELS  # until the end of `__init__`
-        plans = super().plan()  # its check ensures that `widths` has one value per stage
 
-        # The last branch gets the width of its stage.
-        widths = self.config.aux_widths
-        if widths is None:
-            widths = self.paper_branches().widths
-        for index, plan in enumerate(plans):
-            if plan.used and plan.tap.startswith(f"{self.stage_names[-1]}."):
-                # Not `plan.width`, which is limited by the channels of the last block.
-                width = min(widths[-1], HEAD_CHANNELS)
-                plans[index] = plan._replace(tap="conv_head", blocks=0, width=width)
-        return plans
+class DSoPEfficientNetLiteConfig(EfficientNetLiteConfig, DSoPConfig):
+    """EfficientNet-Lite with branches."""
+
+
+class DSoPEfficientNetLite(DSoP, EfficientNetLite):
+    """DSoP on EfficientNet-Lite, with the branches of EfficientNet-b0; the paper does not have it.
+
+    One branch follows `blocks.4`, the last stage of stride 16, the other one reads the 1280 channels of
+    `conv_head`, right before the pooling.
+    """
+
+    inference_class = EfficientNetLite
+    config: DSoPEfficientNetLiteConfig
+
+    @property
+    def last_map(self) -> tuple[str, int]:
+        """The map of the convolution before the pooling."""
+        return "conv_head", HEAD_CHANNELS
+
+    def paper_branches(self) -> PaperBranches:
+        """Return two branches, of `blocks.4` and `blocks.6`, as on EfficientNet-b0."""
+        blocks = len(list(self.get_submodule("blocks.4").children()))
+        return PaperBranches(
+            blocks=(0, 0, blocks, 1),
+            widths=(64,) * 4,  # a stage with 0 blocks has no branch, so its width is not used
+            dropout_rate=0.2,
+        )
 
 
 class DSoPThreeStages(DSoP):
@@ -197,15 +214,30 @@ class DSoPResNeXt(DSoPThreeStages, ResNeXt):
 
 
 class DSoPTimmConfig(TimmConfig, DSoPConfig):
-    """A network of timm with branches."""
+    """A network of timm with branches.
+
+    `last_branch` is "pooling" if the last branch reads what the pooling reads, and "stage" if it
+    reads the last stage, before the convolution that some networks have after it, as in 0.4.
+    """
+
+    last_branch: Literal["pooling", "stage"] = "pooling"
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _read_config_of_04(cls, values: Any) -> Any:
+        # Checkpoints have all options; those of 0.4 lack this one.
+        is_of_04 = isinstance(values, Mapping) and DSoPConfig.model_fields.keys() <= {*values}
+        return {"last_branch": "stage", **values} if is_of_04 else values
 
 
 class DSoPTimm(DSoP, TimmBackbone):
     """DSoP on a network of timm: a branch after every stage from stride 4 on, as on ResNet-18.
 
-    Assumptions, because the paper does not cover these networks: a branch has two blocks of the
-    kind that `nearest_block` selects, then batch norm and ReLU, because many of timm's stages
-    end without either; covariances have at most 256 channels; all losses have the same weight.
+    Of a network with a convolution between the last stage and the pooling, such as the EfficientNets, the
+    last branch reads the map after it, right before the pooling. Assumptions, because the paper does not
+    cover these networks: a branch has two blocks of the kind that `nearest_block` selects, then batch norm
+    and ReLU, because many of timm's stages end without either; covariances have at most 256 channels; all
+    losses have the same weight.
     """
 
     inference_class = TimmBackbone
@@ -213,6 +245,14 @@ class DSoPTimm(DSoP, TimmBackbone):
     taps_are_stages = True
     normalize_branches = True
     config: DSoPTimmConfig
+
+    @property
+    def last_map(self) -> tuple[str, int] | None:
+        """Name and channels of the map before the pooling, if a convolution after the last stage computes it."""
+        channels = self.maps_of_timm.last
+        if channels is None or self.config.last_branch == "stage":
+            return None
+        return "last_map", channels
 
     def paper_branches(self) -> PaperBranches:
         """Return two blocks and at most 256 channels for every stage; raise `ConfigError` without stages."""

@@ -5,9 +5,9 @@ Networks" (NeurIPS 2018), section 2. At each tap of `head:NAME`, N projections, 
 square root, take the place of one. One gate, which reads the last tap, selects K of them for each image.
 
 Two differences from the paper (`models.gmsop`) let the closed form of `head:NAME` be the start: projections have
-no ReLU, and no batch norm follows the sum. N equal components compute the vector of one, because
-the weights of an image sum to 1. Once the noise of the gate sends images to different components, these differ, as
-the experts of Komatsuzaki et al., "Sparse Upcycling" (ICLR 2023), which also start as copies.
+no ReLU, and no batch norm follows the sum. N equal components would compute the vector of one, because the weights
+of an image sum to 1. Equal components have equal gradients, so each begins with its own random difference from the
+projection of the closed form (`SPREAD`).
 
 Letters: B images, C channels, N components, K chosen ones, D length of a vector.
 """
@@ -42,17 +42,20 @@ from sopdeploy.models.second_order_head import (
     head_entry,
 )
 
+SPREAD = 0.3  # norm of the difference of a component, relative to that of its projection
+
 
 class GatedHeadConfig(HeadConfig):
     """The head of `gmsop-head:NAME`: `chosen` of `components` poolings per image (K of N).
 
-    `gate_width` are the channels of the gate's covariance, and `balance_weight` is alpha.
+    `gate_width` are the channels of the gate's covariance. `balance_weight` is alpha; None gives the
+    balance loss the paper's weight, 100 / 256, for any batch.
     """
 
-    components: Annotated[int, pydantic.Field(ge=2)] = 4
-    chosen: Annotated[int, pydantic.Field(ge=2)] = 2  # with 1, the gate has no gradient
+    components: Annotated[int, pydantic.Field(ge=2)] = 16
+    chosen: Annotated[int, pydantic.Field(ge=2)] = 8  # with 1, the gate has no gradient
     gate_width: Count = 32
-    balance_weight: NonNegative = 0.03
+    balance_weight: NonNegative | None = None
 
     @pydantic.model_validator(mode="after")
     def _check_mixture(self) -> "GatedHeadConfig":
@@ -63,6 +66,18 @@ class GatedHeadConfig(HeadConfig):
         if "isqrt" not in self.parts:
             raise ValueError(f"kind {self.kind} has no second-order pooling for the gate")
         return self
+
+
+def spread(projection_dC: Tensor, components: int) -> Tensor:
+    """Build the projections (N, d, C) of the *components* from one: each has its own random difference.
+
+    They depend on the shape alone, so that a run can be repeated.
+    """
+    random = torch.Generator().manual_seed(0)
+    shape = (components, *projection_dC.shape)
+    noise_NdC = torch.randn(shape, generator=random, dtype=torch.float64).to(projection_dC)
+    deviation = projection_dC.square().mean().sqrt()  # of an element
+    return projection_dC + SPREAD * deviation * noise_NdC
 
 
 class GatedPooledHead(PooledHead):
@@ -102,9 +117,9 @@ class GatedPooledHead(PooledHead):
         )
 
     def set_projection(self, tap: str, projection_dC: Tensor) -> None:
-        """Set the projections of all components of the map at *tap*, which are then equal."""
+        """Set the projections of the components of the map at *tap*: *projection_dC*, with their own differences."""
         weight_NdC = self.poolings[tap.replace(".", "_")].get_parameter("weights.0")
-        weight_NdC.copy_(projection_dC.expand_as(weight_NdC))
+        weight_NdC.copy_(spread(projection_dC, len(weight_NdC)))
 
     def pool(
         self, maps: Mapping[str, Tensor], weights_BN: Tensor | None = None
@@ -130,7 +145,7 @@ class GatedHead(SecondOrderHead):
     pooled_head: GatedPooledHead
 
     def start_from(self, fitted: SecondOrderHead, others: Mapping[str, Tensor]) -> None:
-        """Load the weights of *fitted*, of whose projections all components are copies, and *others*."""
+        """Load the weights of *fitted*, from whose projections the components begin, and *others*."""
         tensors = dict(fitted.state_dict())
         for name, pooling in self.pooled_head.poolings.items():
             prefix = f"{POOLED_HEAD}.poolings.{name}"
@@ -139,7 +154,7 @@ class GatedHead(SecondOrderHead):
             projection = torch.eye(weight.shape[1])
             if (stored := tensors.pop(f"{prefix}.layer_reduce.weight", None)) is not None:
                 projection = stored[:, :, 0, 0]
-            tensors[f"{prefix}.weights.0"] = projection.expand_as(weight)
+            tensors[f"{prefix}.weights.0"] = spread(projection, len(weight))
         self.load_state_dict({**others, **tensors})
 
     def forward(self, images: Tensor) -> Any:

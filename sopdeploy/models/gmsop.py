@@ -177,9 +177,16 @@ class Gated(Backbone, ExportHints):
         """Compute (B, classes) logits of normalized (B, 3, H, W) images."""
         return self.outputs_tuple(images)[0]
 
+    def classify(self, features: Tensor) -> Tensor:
+        """Compute (B, classes) logits from the last feature map (B, C, h, w), without noise."""
+        return self.mix(features)[0]
+
     def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute logits (B, classes) and the gate's weights (B, N), K of them not 0, without noise."""
-        features, _ = self.feature_maps(images)
+        return self.mix(self.feature_maps(images)[0])
+
+    def mix(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what `outputs_tuple` returns from the last feature map (B, C, h, w)."""
         weights_BN = self.gate(features)
         mixed_BD = self.mixture(features, weights_BN, gather=self.is_captured)
         return self.head(mixed_BD), weights_BN

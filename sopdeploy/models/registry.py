@@ -111,7 +111,9 @@ RESNET = "sopdeploy.models.backbones.resnet:ResNet"
 VGG = "sopdeploy.models.backbones.alexnet_vgg:VGG"
 LITE = "sopdeploy.models.backbones.efficientnet:EfficientNetLite"
 CIFAR = "sopdeploy.models.backbones.cifar_resnet"
+LITE_2 = {"width": 1.1, "depth": 1.2, "dropout": 0.3}
 DSOP_NETWORKS = "sopdeploy.models.dsop_networks"
+DSOP_LITE = f"{DSOP_NETWORKS}:DSoPEfficientNetLite"
 PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {
     "preact-resnet110": ({"blocks": 18, "block": "basic"}, "pre-activation ResNet-110"),
     "preact-resnet164": ({"blocks": 18, "block": "bottleneck"}, "pre-activation ResNet-164"),
@@ -141,7 +143,7 @@ POOLED = {
     "efficientnet-lite0": with_config(LITE, {}, "plain EfficientNet-Lite0"),
     "efficientnet-lite2": with_config(
         LITE,
-        {"width": 1.1, "depth": 1.2, "dropout": 0.3},
+        LITE_2,
         "plain EfficientNet-Lite2",
         image_size=260,
     ),
@@ -189,6 +191,17 @@ DSOP = {
         f"{DSOP_NETWORKS}:DSoPEfficientNet",
         {},
         "DSoP on EfficientNet-b0: two second-order branches, detached before export",
+    ),
+    "dsop-efficientnet-lite0": with_config(
+        DSOP_LITE,
+        {},
+        "DSoP on EfficientNet-Lite0, to fine-tune from ImageNet weights: two branches, detached before export",
+    ),
+    "dsop-efficientnet-lite2": with_config(
+        DSOP_LITE,
+        LITE_2,
+        "DSoP on EfficientNet-Lite2, to fine-tune from ImageNet weights: two branches, detached before export",
+        image_size=260,
     ),
     **{
         f"dsop-resnet{n}": at_32(

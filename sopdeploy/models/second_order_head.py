@@ -240,8 +240,9 @@ class SecondOrderHead(Classifier):
         device = next(self.parameters()).device
         return network.to(device, memory_format=torch.contiguous_format).train(self.training)  # type: ignore[call-overload]
 
+    @property
     def num_features(self) -> int:
-        """Return the length D of the vector."""
+        """The length D of the vector."""
         return self.pooled_head.fc.in_features
 
     def logits_layer(self) -> nn.Linear:
@@ -257,19 +258,11 @@ class SecondOrderHead(Classifier):
         if not self.has_training_heads:
             return {"main": self.pooled_head(*self.head_inputs(images))}
 
-        # The taps of the branches and of this head, in the order of computation. EfficientNet's
-        # `conv_head` comes last; only a branch reads it, so `tap_channels` lacks it.
-        branches: dict[str, str] = vars(self)["taps"]  # of `DSoP`: names of branches by tap
-        taps = [tap for tap in self.tap_channels if tap in branches or tap in self.maps]
-        taps += [tap for tap in branches if tap not in self.tap_channels]
-
-        # Each branch reads the map at its tap, this head its own maps.
-        last, tapped = self.feature_maps(images, taps)
-        maps = dict(zip(taps, tapped, strict=True))
-        logits = {
-            name: self.get_submodule(f"branches.{name}")(maps[tap])
-            for tap, name in branches.items()
-        }
+        # Each branch of `DSoP` reads the map at its tap, this head its own maps.
+        network = cast(Any, self)
+        branches: dict[str, str] = network.taps  # names of branches by tap
+        last, maps = network.maps_at(images, {*branches, *self.maps})
+        logits = {name: network.branches[name](maps[tap]) for tap, name in branches.items()}
 
         own_maps = {tap: maps[tap] for tap in self.maps}
         own_vector = super().classify(last)  # the identity has replaced its classifier

@@ -12,7 +12,7 @@ patch tokens of a block after the network's last norm.
 import math
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 import torch
@@ -90,12 +90,23 @@ def import_timm(name: str) -> Any:
     return timm
 
 
-@cache
-def find_timm_taps(name: str) -> dict[str, int]:
-    """Find the stages of timm's network *name* of stride 4 or more, and the channels of their maps.
+class TimmMaps(NamedTuple):
+    """The feature maps of a network of timm.
 
-    The result is empty if stages have no name or feature map, or if the code depends on the
-    values of pixels.
+    `taps` are the channels of the stages of stride 4 or more. `last` are those of the map before the
+    pooling, if a convolution after the last stage changes their number; otherwise it is None.
+    """
+
+    taps: Mapping[str, int]
+    last: int | None
+
+
+@cache
+def find_timm_maps(name: str) -> TimmMaps:
+    """Find the feature maps of timm's network *name*.
+
+    There are none if stages have no name or feature map, or if the code depends on the values of
+    pixels.
     """
     # Run the network without memory for its numbers.
     timm = import_timm(name)
@@ -105,24 +116,27 @@ def find_timm_taps(name: str) -> dict[str, int]:
         network = timm.create_model(name).eval()
         stages = list(getattr(network, "feature_info", ()))
         if not stages or not hasattr(network, "forward_intermediates"):
-            return {}
+            return TimmMaps({}, None)
 
+        images = torch.empty(1, 3, side, side)
         try:
-            maps = network.forward_intermediates(
-                torch.empty(1, 3, side, side), intermediates_only=True
-            )
+            maps = network.forward_intermediates(images, intermediates_only=True)
+            last = network.forward_features(images)
         except RuntimeError:  # it reads values, which `meta` does not have
-            return {}
+            return TimmMaps({}, None)
 
     # Only networks whose maps are what timm's description says.
     channels = [m.shape[1] if m.dim() == 4 else None for m in maps]  # None: tokens
     if channels != [stage["num_chs"] for stage in stages]:
-        return {}
-    return {
+        return TimmMaps({}, None)
+    taps = {
         stage["module"]: stage["num_chs"]
         for stage in stages
         if stage["reduction"] >= FIRST_STRIDE
     }
+    # Maps with channels last, as of Swin, have another shape for another reason.
+    is_wider = last.dim() == 4 and last.shape[2:] == maps[-1].shape[2:]
+    return TimmMaps(taps, last.shape[1] if is_wider and last.shape[1] != channels[-1] else None)
 
 
 def nearest_block(
@@ -164,7 +178,8 @@ class TimmBackbone(Backbone):
         # It is in a tuple, because an attribute that is a module becomes a child.
         self.wrapped = (network,)
 
-        self.tap_channels = find_timm_taps(config.backbone)
+        self.maps_of_timm = find_timm_maps(config.backbone)
+        self.tap_channels = dict(self.maps_of_timm.taps)
         self.head_channels: int = getattr(network, "head_hidden_size", network.num_features)
         published = network.pretrained_cfg
         self.fixed_size: int | None = None
@@ -260,8 +275,9 @@ class TimmBackbone(Backbone):
         """Compute logits by timm's `forward_head`."""
         return self.timm_network.forward_head(features)
 
+    @property
     def num_features(self) -> int:
-        """Return the length of the vector that timm's classifier reads."""
+        """The length of the vector that timm's classifier reads."""
         return self.head_channels
 
 

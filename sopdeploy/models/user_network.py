@@ -116,8 +116,9 @@ class UserNetwork(Classifier):
                 )
         return super().remove_classifier()
 
+    @property
     def num_features(self) -> int:
-        """Return the length of the vector that the last linear layer reads; 0 without one."""
+        """The length of the vector that the last linear layer reads; 0 without one."""
         layer = self.logits_layer()
         return 0 if layer is None else layer.in_features
 

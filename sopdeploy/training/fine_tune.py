@@ -1,8 +1,10 @@
 """The procedure `fine_tune`: the training loop, started from the few-shot procedure's network.
 
 1. Fit a head to the frozen network, as the few-shot procedure does, without the held-out photographs.
-2. Train the last stages from there, with branches if the network has them. The branch of `dsop-head:NAME` is
-   fitted in the same way, and the components of `gmsop-head:NAME` start as copies. The last epoch counts.
+2. Train the last stages, with branches if the network has them, from the same head with a covariance that is
+   shrunk further, because a head that interpolates the training images gives no gradient
+   (`LinearProblem.shrink_to_learn`). The branch of `dsop-head:NAME` is fitted in the same way. The last epoch
+   counts.
 3. Fit the class means and the temperature again, and compare both networks on the held-out photographs by the
    rule of `sopdeploy compare`. The fine-tuned network is kept only if it is better.
 
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax, logsumexp
 from torch import Tensor, nn
 
+from sopdeploy.base.seeds import derive_seed
 from sopdeploy.bundle.decision import Decision
 from sopdeploy.data.photos.copies import Groups
 from sopdeploy.data.photos.network_inputs import PreprocessedDataset
@@ -34,6 +37,7 @@ from sopdeploy.evaluation.prediction import predict_logits, predict_unknown
 from sopdeploy.evaluation.statistics import TESTABLE
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.base import is_in
+from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.registry import create_model
 from sopdeploy.models.second_order_head import (
     POOLED_HEAD,
@@ -43,11 +47,13 @@ from sopdeploy.models.second_order_head import (
 )
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.device import move_to_device
+from sopdeploy.training.few_shot.branches import count_images, fit_branches
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.few_shot.cross_validation import weights_in_means
 from sopdeploy.training.few_shot.groups import group_by_network
-from sopdeploy.training.few_shot.run import fit_branch, fit_new, with_decision
+from sopdeploy.training.few_shot.run import fit_new, fit_start, with_decision
 from sopdeploy.training.few_shot.state import FewShotFit, read_few_shot_fit
+from sopdeploy.training.few_shot.targets import Targets
 from sopdeploy.training.loop.run import fit_loop
 from sopdeploy.training.loop.state import LoopState, last_loop_record, read_frozen, restore_loop
 from sopdeploy.training.records.checkpoints import Fit, Setup, read_resumed, run_record
@@ -106,7 +112,7 @@ def _start(setup: Setup, folder: RunFolder, callback: Callback) -> tuple[LoopSta
         if is_in(key, *own_parts)
     }
     if isinstance(setup.model, DetachableHead):
-        branch = fit_branch(setup, callback)
+        branch = fit_start(setup, callback, "gap+isqrt")
         options["branch"] = branch.config.model_copy(update={"cosine": False}).model_dump()
         others = {
             f"branch.{key}": tensor
@@ -116,11 +122,35 @@ def _start(setup: Setup, folder: RunFolder, callback: Callback) -> tuple[LoopSta
 
     network: Any = create_model(name, num_classes=len(setup.labels), **options)
     network.start_from(frozen.network, others)
+    start = fit_start(setup, callback, setup.recipe.head_options.head)
+    network.pooled_head.fc.load_state_dict(start.fc.state_dict())
 
     network = move_to_device(setup.recipe, network, setup.strategy)
+    if isinstance(network, DSoP) and network.taps:
+        _fit_branches(setup, network)
     run = LoopState(replace(setup.without_seen(frozen.seen), model=network), frozen)
     folder.save_last(last_loop_record(run))
     return run, frozen
+
+
+def _fit_branches(setup: Setup, network: DSoP) -> None:
+    """Set the classifiers of the branches of *network* to closed forms on training images of *setup*."""
+    recipe = setup.recipe
+    images = setup.data.train
+    count = count_images(network, len(images))
+    # In random order: the batch norms of the branches average batches, and a folder lists class by class.
+    random = np.random.default_rng(derive_seed(recipe.seed, "branches"))
+    chosen = images.select(random.permutation(len(images))[:count])
+    dataset = PreprocessedDataset(chosen, recipe.preprocess)
+
+    def compute(module: nn.Module) -> NDArray[np.float64]:
+        vars(module)[IMAGES_FORMAT] = images_format(network)
+        rows, _ = predict_logits(module, dataset, recipe.preprocess, workers=recipe.workers)
+        return rows
+
+    groups = range(count) if chosen.groups is None else chosen.groups
+    keys = [str(group) for group in groups]
+    fit_branches(network, compute, Targets.of(chosen), keys, recipe.seed)
 
 
 def _resume(setup: Setup, last: Checkpoint, folder: RunFolder) -> tuple[LoopState, FewShotFit]:

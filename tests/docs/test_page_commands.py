@@ -34,6 +34,9 @@ NOT_RUN = (
     r"datum ",
     r"python benchmarks/",
     r"tensorboard |import sopdeploy\nimport wandb",  # trackers of others
+    r"import (datasets|tarfile|pickle)\n|from typing import Literal\n",  # `test_data_examples.py`
+    r"python -m sopdeploy.timm ",  # a script of timm
+    r"sopdeploy export output/train",
 )
 
 NOT_RUN_PAGES = (

@@ -83,6 +83,7 @@ DETACHED = (
     Small("isqrt-efficientnet-b0", 64, NARROW),
     Small("preact-resnet110", 8, ONE_BLOCK),
     Small("dsop-efficientnet-b0", 32, {"iterations": 2}),
+    Small("dsop-efficientnet-lite0", 32, {**LITE, "iterations": 2}),
     Small("dsop-resnet8", 8, HEADS),
     Small("dsop-resnext29-8x64d", 8, {**FEW_GROUPS, **HEADS}),
     Small("sgmoe-16-8-resnet18", 8, TWO_OF_FOUR),

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sopdeploy.errors import ConfigError, first_line
+from sopdeploy.models.registry import CATALOG
 from sopdeploy.models.timm_networks import import_timm
 from sopdeploy_export.options import Takes
 from sopdeploy_export.pixels.transform import Transform
@@ -82,11 +83,13 @@ def network_builder(
 def _find_timm(import_path: str) -> Callable[..., Any] | None:
     """Return what builds the network of *import_path*, `timm:NAME`; None for an import path.
 
-    Raises the errors of `import_timm`.
+    NAME may be one that `sopdeploy.timm` registers. Raises the errors of `import_timm`.
     """
     package, _, name = import_path.partition(":")
     if package != TIMM or hasattr(importlib.import_module(TIMM), name):  # timm:create_model
         return None
+    if name.replace("_", "-") in CATALOG:
+        importlib.import_module("sopdeploy.timm")
     return partial(import_timm(name).create_model, name)
 
 

@@ -136,8 +136,8 @@ class LabeledImages(ABC):
         With the seed, the names determine which images are held out. Reports show them.
         """
 
-    def select(self, mask: NDArray[np.bool_]) -> Self:
-        """Keep the images where *mask* (N,) is true."""
+    def select(self, mask: NDArray[np.bool_] | NDArray[np.intp]) -> Self:
+        """Keep the images where *mask* (N,) is true, or those at its indices, in their order."""
         arrays = {name: getattr(self, name) for name in self.PER_IMAGE}
         return self.replaced(
             **{name: array[mask] for name, array in arrays.items() if array is not None}

@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sopdeploy.base.config import StrictModel
 from sopdeploy.layers.pooling.base import PoolingConfig
@@ -26,6 +27,9 @@ class Backbone(nn.Module):
     stem_parts: ClassVar[tuple[str, ...]] = ("conv1", "bn1", "relu")
     stage_names: ClassVar[tuple[str, ...]] = ("layer1", "layer2", "layer3")
     classifier_parts: tuple[str, ...] = ("pooling", "fc")
+    grad_checkpointing: bool = (
+        False  # whether training computes the maps of blocks again to save memory
+    )
 
     def __init__(self, config: StrictModel, num_classes: int) -> None:
         super().__init__()
@@ -48,7 +52,10 @@ class Backbone(nn.Module):
         tapped = []
         for stage in self.stage_names:
             for position, block in enumerate(self.get_submodule(stage).children()):
-                x = block(x)
+                if self.grad_checkpointing and self.training:
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
                 if f"{stage}.{position}" in taps:
                     tapped.append(x)
 
@@ -69,8 +76,9 @@ class Backbone(nn.Module):
         """Compute the exported outputs in eval mode, one tensor per name in `outputs`."""
         return (self(images),)
 
+    @property
     def num_features(self) -> int:
-        """Return the length of the vector that the classifier reads."""
+        """The length of the vector that the classifier reads."""
         classifier = self.get_submodule(self.classifier_parts[-1])
         return next(
             part.in_features for part in classifier.modules() if isinstance(part, nn.Linear)

@@ -72,6 +72,7 @@ STRIDES = dict(zip(MBCONV_STAGES, (1, 2, 2, 2, 1, 2, 1), strict=True))
 # The last ones at their resolution
 TAPPED_STAGES = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
 DIVISOR = 8  # of the numbers of channels
+EXPANSION = 6  # of all stages but the first
 
 
 class EfficientNetConfig(StrictModel):
@@ -123,13 +124,10 @@ class EfficientNet(Backbone):
     def feature_maps(
         self, images: Tensor, taps: Collection[str] = ()
     ) -> tuple[Tensor, list[Tensor]]:
-        """Compute the last feature map (B, 1280, h, w) after its activation, and the outputs of *taps*.
-
-        A tap is a block, or `conv_head` for the last feature map itself.
-        """
+        """Compute the last feature map (B, 1280, h, w) after its activation, and the outputs of *taps*."""
         x, tapped = super().feature_maps(images, taps)
         last: Tensor = self.bn2(self.conv_head(x))  # bn2 includes the activation
-        return last, ([*tapped, last] if "conv_head" in taps else tapped)
+        return last, tapped
 
 
 class EfficientNetLiteConfig(StrictModel):
@@ -232,11 +230,12 @@ class EfficientNetLite(Backbone):
 
         # Stages of blocks, scaled in depth and width; the first and the last keep their depth.
         channels = STEM_CHANNELS
+        self.kernels: dict[int, int] = {}  # by the channels of a stage
         stages = []
         for name, stage in MBCONV_STAGES.items():
             is_fixed = name in {"blocks.0", "blocks.6"}  # the first stage and the last one
             count = stage.blocks if is_fixed else math.ceil(stage.blocks * config.depth)
-            expansion = 1 if name == "blocks.0" else 6
+            expansion = 1 if name == "blocks.0" else EXPANSION
 
             # Channels in multiples of 8 that lose at most a tenth.
             scaled = stage.channels * config.width
@@ -249,6 +248,7 @@ class EfficientNetLite(Backbone):
                 stride = STRIDES[name] if index == 0 else 1
                 blocks.append(LiteBlock(channels, out, stage.kernel, stride, expansion))
                 channels = out
+            self.kernels[out] = stage.kernel
 
             stages.append(nn.Sequential(*blocks))
             if name in TAPPED_STAGES:  # at its last block
@@ -263,6 +263,11 @@ class EfficientNetLite(Backbone):
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(self.pooling.out_features, num_classes)
         initialize(self)
+
+    def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        """Build an inverted bottleneck with the kernel of the stage of *out_channels*."""
+        kernel = self.kernels[out_channels]
+        return LiteBlock(in_channels, out_channels, kernel, stride, EXPANSION)
 
     def feature_maps(
         self, images: Tensor, taps: Collection[str] = ()

@@ -10,14 +10,14 @@ classes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from sopdeploy.training.few_shot.discriminant import Discriminant, Moments
+from sopdeploy.training.few_shot.discriminant import SHRINKAGE, Discriminant, Moments
 from sopdeploy.training.few_shot.scaling import OutOfFold, Scaling
 from sopdeploy.training.few_shot.targets import MIN_FOLDS, Array, Indices, Targets, share_groups
 
@@ -25,6 +25,9 @@ MAX_RANK = 1024
 IMPLAUSIBLE = 0.1  # probability of a label
 DIFFUSE = 0.53
 ROWS = 4096  # images whose sums are computed at once
+# Shares of the identity in the covariance, of which `shrink_to_learn` chooses one
+SHRINKAGES = (SHRINKAGE, 0.3, 0.5, 0.7, 0.8, 0.9)
+LEARNABLE = 0.5  # of the held-out loss
 
 
 class LinearHead(NamedTuple):
@@ -76,6 +79,7 @@ class LinearProblem:
     `reduced` (N, R) are the coordinates of the vectors in `space`. `own` (N, D_0) are the network's
     own vectors, scaled to length 1, with `weights` (N,) in the class means. Images of one of the
     `groups` (N,) with the same classes count together as one; by default, all are different.
+    `shrinkage` is the share of the identity in the covariance.
     """
 
     space: Space
@@ -84,6 +88,7 @@ class LinearProblem:
     targets: Targets
     weights: Array | float = 1.0
     groups: Indices | None = None
+    shrinkage: float = SHRINKAGE
 
     def cross_validate(
         self, folds_N: Indices, fitted: NDArray[np.bool_] | bool = True
@@ -98,7 +103,9 @@ class LinearProblem:
         total = Moments.sum(of_folds)
 
         for in_fold_N, of_fold in zip(folds, of_folds, strict=True):
-            heads.append(total.without(of_fold).discriminate(self.targets.activation))
+            heads.append(
+                total.without(of_fold).discriminate(self.targets.activation, self.shrinkage)
+            )
             products_NK[in_fold_N] = self.reduced[in_fold_N] @ heads[-1].weight.T
         return OutOfFold(products_NK, heads, folds_N, total.numbers(), self.shares())
 
@@ -165,15 +172,41 @@ class LinearProblem:
 
     def fit_all(self, scaling: Scaling) -> LinearHead:
         """Fit a head to all images; it reads the vectors of the network, not `reduced`, and gives logits."""
-        head = self.moments(np.ones(len(self.reduced), np.bool_)).discriminate(
-            self.targets.activation
-        )
+        head = self._fit_to_all()
         # For reduced = ((vector - center) * scale) @ basis, weight @ reduced = weight_KD @
         # (vector - center).
         weight_KD = (head.weight / scaling.temperature @ self.space.basis.T) * self.space.scale
         bias_K = (head.bias(scaling.excess) - scaling.margins) / scaling.temperature
         bias_K += self.targets.log_odds(self.shares())
         return LinearHead(weight_KD, bias_K - weight_KD @ self.space.center)
+
+    def shrink_to_learn(self, folds: Sequence[Indices]) -> tuple["LinearProblem", Scaling]:
+        """Shrink the covariance until the head no longer interpolates the training images; fit the scaling.
+
+        A head whose loss on the training images is almost 0 gives a network that starts from it no
+        gradient. The smallest of `SHRINKAGES` counts with which this loss is at least `LEARNABLE`
+        of that of images outside of the *folds* (N,), or else the largest.
+        """
+        for shrinkage in SHRINKAGES:
+            problem = replace(self, shrinkage=shrinkage)
+            validations = [problem.cross_validate(folds_N) for folds_N in folds]
+            scaling = Scaling.fit(validations, self.targets)
+            held_out = self.targets.losses(problem.logits(validations[0], scaling)).mean()
+            learned = self.targets.losses(problem.training_logits(scaling)).mean()
+            if learned >= LEARNABLE * held_out:
+                break
+        return problem, scaling
+
+    def training_logits(self, scaling: Scaling) -> Array:
+        """Compute the logits (N, K) of the images by the head that is fitted to all of them."""
+        head = self._fit_to_all()
+        scores_NK = self.reduced @ head.weight.T + head.bias(scaling.excess) - scaling.margins
+        logits_NK: Array = scores_NK / scaling.temperature
+        return logits_NK + self.targets.log_odds(self.shares())
+
+    def _fit_to_all(self) -> Discriminant:
+        moments = self.moments(np.ones(len(self.reduced), np.bool_))
+        return moments.discriminate(self.targets.activation, self.shrinkage)
 
     def cosines(self, folds_N: Indices) -> Array:
         """Compute the cosine (N,) of each own vector and the nearest class mean without its fold."""

@@ -5,7 +5,7 @@ groups, P pairs of a class and a group with images of it.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import NamedTuple
@@ -64,6 +64,7 @@ class CrossValidation:
         judged: The indices of the images that the score counts.
         folds, logits: The folds (N,) of the first cross-validation, and the logits (N, K) of images
             without their fold, or that of `judge_few_apart`.
+        all_folds: The folds (N,) of all cross-validations.
         shifted_logits: `logits`, shifted as the exported network does: the energy of an image is its cosine
             to the nearest class mean, on average over all cross-validations. With several classes per image,
             they are not shifted.
@@ -83,6 +84,7 @@ class CrossValidation:
     copies: Indices
     judged: Indices
     folds: Indices
+    all_folds: Sequence[Indices]
     logits: Array
     shifted_logits: Array
     left_out: Array | None
@@ -190,6 +192,7 @@ def cross_validate(
         clips=grouping.clips,
         judged=judged,
         folds=first_folds_N,
+        all_folds=folds_of_validations,
         logits=logits_NK,
         shifted_logits=shifted_NK,
         left_out=left_out_N,

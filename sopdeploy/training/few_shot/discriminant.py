@@ -90,8 +90,10 @@ class Moments(NamedTuple):
         """Return the number (K,) of independent images of each class."""
         return self.sums[:, -1]
 
-    def discriminate(self, activation: Activation) -> Discriminant:
-        """Fit a discriminant with a shrunk covariance.
+    def discriminate(
+        self, activation: Activation, shrinkage: float = SHRINKAGE
+    ) -> Discriminant:
+        """Fit a discriminant with a shrunk covariance, of which the identity has the share *shrinkage*.
 
         With "softmax", the covariance is that within the classes, and a class is compared with
         the mean of all class means. With "sigmoid", each class is compared with the images that
@@ -123,7 +125,7 @@ class Moments(NamedTuple):
         # of the scatter within classes, whose trace is then 0.
         trace = max(np.trace(scatter_RR), 1e-6 * np.trace(total_RR)) or 1.0
         rank = len(mean_R)
-        shrunk_RR = (1 - SHRINKAGE) * scatter_RR + SHRINKAGE * trace / rank * np.eye(rank)
+        shrunk_RR = (1 - shrinkage) * scatter_RR + shrinkage * trace / rank * np.eye(rank)
 
         # The weights: the inverse of the covariance, times the differences of the means.
         differences_KR = np.where(present_K[:, None], means_KR - others_KR, 0)
@@ -132,7 +134,7 @@ class Moments(NamedTuple):
         # Remove the scatter between presence and absence (Sherman, Morrison).
         if activation == "sigmoid":
             shares_K = counts_K * (count - counts_K) / max(1, count) ** 2
-            between_K = (1 - SHRINKAGE) * shares_K * (weight * differences_KR).sum(axis=1)
+            between_K = (1 - shrinkage) * shares_K * (weight * differences_KR).sum(axis=1)
             weight /= np.maximum(1 - between_K, 1e-6)[:, None]
 
         # Scale the weights: heads of more images have shorter ones, so that the heads of the

@@ -65,7 +65,7 @@ from sopdeploy.training.few_shot.targets import Array, Targets
 from sopdeploy.training.procedure import LOOP_INSTEAD
 from sopdeploy.training.records.checkpoints import Position, Setup, run_record
 from sopdeploy.training.records.run_folder import RunFolder
-from sopdeploy.training.settings.head import FeatureSettings, HeadOptions
+from sopdeploy.training.settings.head import FeatureSettings, FittedKind, HeadOptions
 from sopdeploy.weights.checkpoint import Checkpoint
 
 
@@ -137,16 +137,23 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
     return with_decision(setup, fit)
 
 
-def fit_branch(setup: Setup, callback: Callback) -> PooledHead:
-    """Fit the second-order head that is to train the network of *setup* as an auxiliary branch.
+def fit_start(setup: Setup, callback: Callback, head: FittedKind) -> PooledHead:
+    """Fit the *head* from which the training of the network of *setup*, or of its branch, begins.
 
-    Its features are those that `fit_new` has put into the cache. Raises `TrainingStoppedError`
-    after a stop signal.
+    It is shrunk until it no longer interpolates the training images. Its features are those that
+    `fit_new` has put into the cache. Raises `TrainingStoppedError` after a stop signal.
     """
-    options = setup.recipe.head_options.model_copy(update={"head": "gap+isqrt"})
+    options = setup.recipe.head_options.model_copy(update={"head": head})
     with _before_first_checkpoint(setup) as signals:
         validation = _cross_validate(setup, callback, signals, options)
-        return _fit_all(setup, validation).pooled_head
+        problem, scaling = validation.problem.shrink_to_learn(validation.all_folds)
+        return build_fitted(
+            validation.outputs.network,
+            validation.features.head,
+            problem,
+            problem.fit_all(scaling),
+            setup.recipe.part(FeatureSettings),
+        ).pooled_head
 
 
 @contextmanager

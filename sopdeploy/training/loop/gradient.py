@@ -1,12 +1,19 @@
-"""One step of training: the gradient over all processes, and the update of the weights."""
+"""One step of training: the gradient over all processes, and the update of the weights.
+
+Before the first step, `branch_shares` measures how much each auxiliary branch would teach.
+"""
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from sopdeploy.base.seeds import derive_seed
 from sopdeploy.data.batches import Batch
+from sopdeploy.evaluation.prediction import classification_loss
+from sopdeploy.models.base import TrainingOutput, is_in
 from sopdeploy.training.loop.losses import Loss, sum_losses, training_loss
 from sopdeploy.training.loop.optimizer import CurvatureOptimizer
 from sopdeploy.training.loop.state import FinishedStep, LoopState
@@ -138,3 +145,58 @@ def compute_loss(run: LoopState, batch: Batch) -> Loss:
         if run.teacher is not None:
             loss = run.teacher.distillation_loss(loss, images, targets, output)
     return loss
+
+
+def branch_shares(run: LoopState, batch: Batch) -> dict[str, float]:
+    """Measure what each auxiliary branch of the network of *run* adds to the gradient of the main head.
+
+    The share of a branch is the norm of the gradient of its weighted loss on *batch*, divided by
+    that of the main head, over the parameters that both reach and that learn. It is 0 if there are
+    none. Empty without branches, or if only branches and classifiers learn. Changes nothing: each
+    step draws its own random numbers, and the buffers are restored.
+    """
+    model = run.model
+    shared = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not is_in(name, *model.training_only)
+    ]
+    before = [buffer.clone() for buffer in model.buffers()]
+
+    # The losses of all heads, of a part of the batch that fits into memory.
+    pixels, labels = (values.tensor_split(run.steps.grad_accum_steps)[0] for values in batch)
+    precision = AUTOCAST.get(run.steps.precision)
+    with torch.autocast(run.strategy.device.type, precision, enabled=precision is not None):
+        output = model(run.normalize(pixels))
+        heads: dict[str, Tensor] = {}
+        if isinstance(output, TrainingOutput) and output.branches:
+            heads = {"main": output.logits, **output.branches}
+        losses = {
+            name: weight * classification_loss(heads[name], labels, run.activation)
+            for name, weight in model.loss_weights().items()
+            if name in heads
+        }
+
+    def gradient_of(name: str) -> Sequence[Tensor | None]:
+        scaled = run.updates.scaler.scale(losses[name])
+        return torch.autograd.grad(scaled, shared, retain_graph=True, allow_unused=True)
+
+    # The norms, over the parameters that both heads reach.
+    shares = {}
+    of_main = gradient_of("main") if len(heads) > 1 and shared else ()
+    for name in heads:
+        if name == "main" or not any(part is not None for part in of_main):
+            continue
+        pairs = [
+            (own, main)
+            for own, main in zip(gradient_of(name), of_main, strict=True)
+            if own is not None and main is not None
+        ]
+        own_norm, main_norm = (
+            float(get_total_norm([pair[side] for pair in pairs])) for side in (0, 1)
+        )
+        shares[name] = own_norm / main_norm if main_norm else 0.0
+
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(value)
+    return shares

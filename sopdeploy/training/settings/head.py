@@ -8,6 +8,8 @@ from sopdeploy.base.config import StrictModel
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel
 
+FittedKind = Literal["gap+isqrt", "gap"]
+
 
 class FeatureSettings(StrictModel):
     """What the features of a frozen network, and a classifier on them, depend on; keys of the recipe itself.
@@ -36,7 +38,7 @@ class HeadOptions(StrictModel):
 
     folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 10
     group_copies: bool = True
-    head: Literal["gap+isqrt", "gap"] = "gap+isqrt"
+    head: FittedKind = "gap+isqrt"
     margins: bool = False
 
 

@@ -148,6 +148,14 @@ def equal_shares(images: int, components: int, kept: int) -> torch.Tensor:
     return weights
 
 
+@pytest.mark.parametrize("images", [8, 32, 256])
+def test_the_weight_of_the_balance_loss_is_the_papers_for_any_batch(images: int) -> None:
+    weights = torch.zeros(images, 4)
+    weights[:, 0] = 1.0
+    at_256 = balance_loss(weights, alpha=100.0 * images / 256)
+    assert balance_loss(weights, alpha=None) == pytest.approx(float(at_256))
+
+
 @pytest.mark.parametrize("images", [1, 7, 256])
 def test_balance_loss_matches_the_formula(images: int) -> None:
     loss = balance_loss(equal_shares(images, 16, 8), alpha=100.0) * images

@@ -128,7 +128,7 @@ def test_a_network_for_64_pixels_classifies_the_vector_of_any_pooling() -> None:
     expected = network.head.fc(network.pooling(features))
 
     assert torch.equal(network(images), expected)
-    assert network.num_features() == 10
+    assert network.num_features == 10
     assert "mixture" not in dict(network.named_children())
     assert describe("wrn36-2", pooling="isqrt").representation == 256 * 257 // 2
 

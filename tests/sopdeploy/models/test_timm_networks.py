@@ -36,20 +36,28 @@ def test_the_inference_model_is_timms_network_with_timms_keys(name: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "taps", "kind"),
+    ("name", "taps", "kind", "options"),
     [
-        ("resnet18", {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}, BasicBlock),
-        ("regnety_002", {"s1": 24, "s2": 56, "s3": 152, "s4": 368}, Bottleneck),
+        (
+            "resnet18",
+            {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512},
+            BasicBlock,
+            {},
+        ),
+        ("regnety_002", {"s1": 24, "s2": 56, "s3": 152, "s4": 368}, Bottleneck, {}),
         (
             "efficientnet_b0",
             {"blocks.1": 24, "blocks.2": 40, "blocks.4": 112, "blocks.6": 320},
             InvertedResidual,
+            {"last_branch": "stage"},
         ),
     ],
 )
-def test_branches_follow_timms_stages_in_the_nearest_kind_of_block(name, taps, kind) -> None:
+def test_branches_follow_timms_stages_in_the_nearest_kind_of_block(
+    name: str, taps: dict[str, int], kind: type[nn.Module], options: dict[str, Any]
+) -> None:
     with torch.device("meta"):
-        network = create_model(f"dsop-timm:{name}")
+        network = create_model(f"dsop-timm:{name}", **options)
 
     assert network.tap_channels == taps
     assert list(network.branches) == [tap.replace(".", "_") for tap in taps]
@@ -57,6 +65,42 @@ def test_branches_follow_timms_stages_in_the_nearest_kind_of_block(name, taps, k
         assert [type(block) for block in branch.blocks] == [kind, kind]
         assert branch.pooling.width == min(channels, 256)
         assert isinstance(branch.reduction, nn.Identity) == (channels <= 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        (
+            "test_efficientnet",
+            256,
+        ),  # a convolution from 64 channels between the stages and the pooling
+        ("mobilenetv3_small_100", None),  # a convolution after the pooling
+        ("test_resnet", None),
+        ("test_vit", None),
+    ],
+)
+def test_the_last_branch_reads_what_the_pooling_reads(name: str, channels: int | None) -> None:
+    torch.manual_seed(0)
+    network = create_model(f"dsop-timm:{name}", num_classes=3, iterations=2)
+    last = list(network.plans.values())[-1]
+    assert network.maps_of_timm.last == channels
+    assert (last.tap == "last_map") == (channels is not None)
+    if channels is None:
+        return
+
+    assert last.blocks == 0
+    network(torch.randn(2, 3, 64, 64)).branches["last_map"].sum().backward()
+    assert network.conv_head.weight.grad.abs().sum() > 0
+
+
+def test_a_checkpoint_of_04_has_its_last_branch_before_the_convolution() -> None:
+    config = create_model("dsop-timm:test_efficientnet", num_classes=3).config.model_dump()
+    of_04 = {key: value for key, value in config.items() if key != "last_branch"}
+    read = [
+        create_model("dsop-timm:test_efficientnet", num_classes=3, **values)
+        for values in (of_04, config)
+    ]
+    assert ["last_map" in network.branches for network in read] == [False, True]
 
 
 @pytest.mark.parametrize(

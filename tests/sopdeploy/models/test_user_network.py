@@ -258,7 +258,7 @@ def test_every_head_of_a_recipe_has_its_vector_and_its_distance(kind: Any, lengt
     _, network, images = with_statistics("resnet8", 32, head)
     vector = network.pooled_head.vector(*network.head_inputs(images))
 
-    assert network.num_features() == vector.shape[1] == length + 1
+    assert network.num_features == vector.shape[1] == length + 1
     assert torch.allclose(vector[:, -1], vector[:, :-1].norm(dim=1))
 
 

@@ -40,7 +40,7 @@ SMALL: dict[str, list[str]] = {
     "digits-plain": ["batch_size=720"],
     "fine-grained-isqrt-resnet50": [*ISQRT, *AT_16],
     "fine-grained-two-phase": [*ISQRT, *AT_16, "start.classifier_epochs=1"],
-    "fine-tune-dsop": ["model.name=dsop-head:resnet8", *AT_16, *FROM_SCRATCH],
+    "fine-tune-dsop": [*DSOP, *AT_16, *FROM_SCRATCH],
     "fine-tune-gmsop": ["model.name=gmsop-head:resnet8", *AT_16, *FROM_SCRATCH],
     "fine-tune-gsop": [f"model.config={{{LITE}, cov_width=32}}", *AT_64, *FROM_SCRATCH],
     "fine-tune-isqrt": [*PLAIN, *AT_16, *FROM_SCRATCH],

@@ -22,8 +22,15 @@ from sopdeploy.report.wrong_labels import find_wrong_labels
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy.training.few_shot import run as few_shot
-from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
+from sopdeploy.training.few_shot.classifier import (
+    LinearProblem,
+    Space,
+    mean_vectors,
+    unit_length,
+)
+from sopdeploy.training.few_shot.targets import Targets
 from sopdeploy.training.fine_tune import OwnVectors
+from sopdeploy.training.loop import run as loop
 from sopdeploy.training.loop.run import idle_branches
 from sopdeploy.training.loop.state import first_stages, freeze, read_frozen, set_train_mode
 from sopdeploy.training.records.checkpoints import read_resumed
@@ -313,21 +320,94 @@ def test_a_head_that_is_detached_starts_from_its_own_closed_form(tmp_path: Path)
         assert torch.allclose(branch[f"branch.{name}"], head[f"pooled_head.{name}"], atol=1e-5)
 
 
-def test_a_gated_head_starts_as_the_closed_form_of_one_without_a_gate(tmp_path: Path) -> None:
+def test_a_gated_head_starts_near_the_closed_form_with_components_that_differ(
+    tmp_path: Path,
+) -> None:
     with few_digits(14):
         held_out = open_digits().held_out
         result = train_recipe(recipe(*FINE_TUNE, *GATED, *GENTLE), tmp_path / "run")
     last = read_checkpoint(result.last)
-    logits = [
+    classes = [
         predict_logits(
             build_classifier(checkpoint, result.last),
             PreprocessedDataset(held_out, last.preprocess),
             last.preprocess,
-        )[0]
+        )[0].argmax(axis=1)
         for checkpoint in (last, read_frozen(last, result.last))
     ]
     assert last.model == "gmsop-head:resnet8"
-    assert np.allclose(*logits, atol=1e-4)
+    assert (classes[0] == classes[1]).mean() > 0.7
+
+    weights = [value for name, value in last.weights.items() if name.endswith(".weights.0")]
+    for weight_NdC in weights:
+        assert len(weight_NdC) == 16
+        difference = (weight_NdC[0] - weight_NdC[1]).norm() / weight_NdC[0].norm()
+        assert 0.2 < difference < 1
+
+
+def test_classifiers_of_branches_start_from_closed_forms(tmp_path: Path) -> None:
+    """A random one begins at the loss of equal probabilities, log 10 = 2.3."""
+    with few_digits(6):
+        result = train_recipe(recipe(*FINE_TUNE, *BRANCHES, *GENTLE), tmp_path / "run")
+    history = read_resumed(read_checkpoint(result.last), result.last).position.history
+    losses = history[0].losses
+    assert all(losses[name] < 1.5 for name in ("layer1_0", "layer2_0", "layer3_0"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "num_weak"), [([1, 1, 1], 0), ([1, 1e-4, 1], 1)], ids=["teach", "one is weak"]
+)
+def test_a_branch_that_will_hardly_teach_is_named(
+    tmp_path: Path, weights: list[float], num_weak: int
+) -> None:
+    network = [
+        BRANCHES[0],
+        f"model.config={{base_width=4, iterations=2, aux_weights={weights}}}",
+    ]
+    callback = RecordingCallback()
+    with few_digits(14):
+        train_recipe(recipe(*FINE_TUNE, *network, *GENTLE), tmp_path / "run", callback=callback)
+    warnings = [values["warning"] for name, values in callback.events if name == "warning"]
+    about = [warning for warning in warnings if "_0" in warning]
+    assert [("layer1_0" in warning, "layer2_0" in warning) for warning in about] == [
+        (True, False),  # `layer1` is frozen, so its branch reaches nothing that learns
+        *[(False, True)] * num_weak,
+    ]
+
+
+def test_measuring_branches_changes_no_bit_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(*FINE_TUNE, *BRANCHES, "optimizer.lr=0.01", "epochs=1")
+    with few_digits(14):
+        measured = train_recipe(settings, tmp_path / "measured")
+        monkeypatch.setattr(loop, "branch_shares", lambda *_: {})
+        unmeasured = train_recipe(settings, tmp_path / "unmeasured")
+    assert same_bits(
+        read_checkpoint(measured.last).weights, read_checkpoint(unmeasured.last).weights
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_features", "distance", "is_shrunk"),
+    [(200, 4.0, True), (200, 1.0, False), (2, 4.0, False)],
+    ids=["interpolates", "classes that overlap", "few features"],
+)
+def test_a_head_that_interpolates_is_shrunk_until_it_learns(
+    num_features: int, distance: float, is_shrunk: bool
+) -> None:
+    random = np.random.default_rng(0)
+    labels = np.arange(80) % 2
+    vectors = random.normal(size=(80, num_features)).astype(np.float32)
+    vectors[:, 0] += labels * distance
+    targets = Targets(np.eye(2)[labels], labels, activation="softmax")
+    space = Space.of([vectors])
+    problem = LinearProblem(space, space.project(vectors), vectors, targets)
+    shrunk, scaling = problem.shrink_to_learn([np.arange(80) // 2 % 5])
+
+    assert (shrunk.shrinkage > problem.shrinkage) == is_shrunk
+    logits = shrunk.fit_all(scaling).logits(vectors)
+    assert np.allclose(logits, shrunk.training_logits(scaling), atol=1e-3)
 
 
 @pytest.mark.parametrize(

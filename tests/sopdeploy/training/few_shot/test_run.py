@@ -1041,9 +1041,7 @@ def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeyp
     arrays = [value for value in values if isinstance(value, np.ndarray) and value.ndim == 2]
 
     assert (
-        max(array.shape[1] for array in arrays)
-        == features.own.shape[1]
-        < network.num_features()
+        max(array.shape[1] for array in arrays) == features.own.shape[1] < network.num_features
     )
 
 
