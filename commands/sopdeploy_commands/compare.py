@@ -24,7 +24,7 @@ from sopdeploy.data.folders.evaluation_images import open_evaluation_images
 from sopdeploy.data.photos.copies import MAX_COMPARED, Grouped, group_photographs
 from sopdeploy.data.photos.kept import decides, is_sampled, kept_id
 from sopdeploy.data.photos.photo import ImageFiles
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import ConfigError, DataError, amount
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.statistics import (
     Z_90,
@@ -125,7 +125,7 @@ class BundleComparison(StrictModel):
 def describe_gain(points: float) -> str:
     """Say which true gain, in percentage points, passes; below 0, also a loss does."""
     if points > 0:
-        return f"a gain of {points:.0f} points passes"
+        return f"a gain of {amount(max(1, round(points)), 'point')} passes"
     return "a bundle that is equally good passes"
 
 
