@@ -1,5 +1,6 @@
 """What is at a path that a user gave: the one place that decides it, and says what to do instead."""
 
+import os
 import re
 import zipfile
 from contextlib import suppress
@@ -21,8 +22,10 @@ from sopdeploy.base.files import (
     is_pointer,
     open_regular,
 )
+from sopdeploy.base.nearest import did_you_mean
 from sopdeploy.images.signatures import has_image_suffix
 
+_ADDRESS = re.compile(r"(?:https?|s3|gs):/")  # as `Path` writes it
 WeightFormat = Literal["torch", "safetensors"]
 TORCH_MAGIC = b"PK", b"\x80"  # of zip archives, and of the pickles before torch 1.6
 MAX_WEIGHTS_BYTES = 16 << 30  # of a checkpoint, with the state of an optimizer, or an engine
@@ -237,8 +240,26 @@ def describe_wrong(path: Path, wanted: Wanted, otherwise: str = "") -> str:
     if wanted == "bundle" and kind == "folder":
         return f"no {MANIFEST}; {_NOT_WRITTEN}"
     if kind in {"nothing", "code"}:
-        return f"{_MISSING[wanted]}; {otherwise}"
+        return f"{_MISSING[wanted]}; {describe_near(path) or otherwise}"
     return f"{'a folder' if kind == 'folder' else 'not a folder'}; {otherwise}"
+
+
+def describe_near(path: Path) -> str:
+    """Say what the missing *path* may mean: the target of a link that is gone, or a path that is like it; or ""."""
+    if _ADDRESS.match(str(path)):
+        return "an address is not read; download the files, and give their folder"
+
+    # The first part that is missing, such as the folder of a deleted run, and what lies beside it.
+    missing = path
+    while not os.path.lexists(missing.parent):
+        missing = missing.parent
+    link = missing if missing.is_symlink() else missing.parent
+    if link.is_symlink() and not link.exists():
+        return f"{link} leads to {link.parent / link.readlink()}, which is gone; name another"
+    rest = path.relative_to(missing)
+    beside = sorted(missing.parent.iterdir()) if os.access(missing.parent, os.R_OK) else []
+    others = {one.name: str(one / rest) for one in beside if (one / rest).exists()}
+    return did_you_mean(missing.name, others)
 
 
 def _meant(path: Path) -> Path:
@@ -252,7 +273,10 @@ def _meant(path: Path) -> Path:
 
 def names_code(path: Path) -> bool:
     """Tell whether *path* is not a file, but a name such as `net.py:Net` or `package.module:Net`."""
-    return bool(re.fullmatch(r"[\w.]+(?:\.py)?:[\w.]+", path.name)) and not path.exists()
+    is_name = re.fullmatch(r"[\w.]+(?:\.py)?:[\w.]+", path.name) and not _ADDRESS.match(
+        str(path)
+    )
+    return bool(is_name) and not path.exists()
 
 
 def describe_foreign(path: Path) -> str:

@@ -187,6 +187,9 @@ class Group(TyperGroup):
         if name in self.commands or name.startswith("-"):
             return super().resolve_command(ctx, args)
         hint = did_you_mean(name, list(self.commands))
+        if name == "help":
+            of_command = args[1:2] if args[1:2] and args[1] in self.commands else []
+            hint = f"run {' '.join([ctx.command_path, *of_command, '--help'])}"
         return ctx.fail(with_hint(f"No such command '{name}'", hint))
 
 

@@ -21,12 +21,17 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.data.folders.evaluation_images import open_evaluation_images
-from sopdeploy.data.photos.copies import MAX_COMPARED, group_photographs
-from sopdeploy.data.photos.kept import decides, kept_id
+from sopdeploy.data.photos.copies import MAX_COMPARED, Grouped, group_photographs
+from sopdeploy.data.photos.kept import decides, is_sampled, kept_id
 from sopdeploy.data.photos.photo import ImageFiles
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import ConfigError, DataError, amount
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.evaluation.statistics import Z_90, difference_interval, mcnemar
+from sopdeploy.evaluation.statistics import (
+    Z_90,
+    difference_interval,
+    mcnemar,
+    passing_gain,
+)
 from sopdeploy.html.report import percent
 from sopdeploy_commands.scores import outputs_of_images
 from sopdeploy_service.inference.loader import LoadedModel, load_model
@@ -63,7 +68,8 @@ class BundleComparison(StrictModel):
     p-value. A `low` below minus the `tolerance` does not pass, nor do fewer than 20 images.
     Training images of the bundles and their copies (`num_trained_on`), other copies
     (`num_copies`), and photos that a server kept for training (`num_for_training`) were left out.
-    `removed` are classes that only the first bundle has.
+    `num_out_of_fold` photos of a server's random sample have trained a bundle, whose cross-validation has
+    answered them. `removed` are classes that only the first bundle has.
     """
 
     first: BundleScore
@@ -72,6 +78,7 @@ class BundleComparison(StrictModel):
     num_trained_on: int
     num_copies: int
     num_for_training: int
+    num_out_of_fold: int = 0
     wins: int
     losses: int
     difference: float
@@ -100,6 +107,27 @@ class BundleComparison(StrictModel):
             f"({100 * self.low:+.1f} to {100 * self.high:+.1f}, at least {-100 * self.tolerance:.1f})"
         )
 
+    def describe_power(self) -> str:
+        """Say which gains pass in 8 of 10 cases with so many images, and with more, if as many answers differ."""
+        changed = (self.wins + self.losses + 1) / (self.num_images + 2)
+        more = max(100, 4 * self.num_images)
+        given = self.tolerance / narrow_tolerance(1.0, self.num_images)
+        gains = [
+            100 * passing_gain(changed, count, narrow_tolerance(given, count))
+            for count in (self.num_images, more)
+        ]
+        return (
+            f"of these {self.num_images:,} images, {describe_gain(gains[0])} in 8 of 10 cases; "
+            f"of {more:,}, {describe_gain(gains[1])}"
+        )
+
+
+def describe_gain(points: float) -> str:
+    """Say which true gain, in percentage points, passes; below 0, also a loss does."""
+    if points > 0:
+        return f"a gain of {amount(max(1, round(points)), 'point')} passes"
+    return "a bundle that is equally good passes"
+
 
 def show_comparison(result: BundleComparison) -> None:
     """Print both bundles, the recall of each class, and the difference."""
@@ -125,9 +153,11 @@ def show_comparison(result: BundleComparison) -> None:
     say(
         f"left out: {result.num_trained_on} training images and copies of them, "
         f"{result.num_copies} other copies, {result.num_for_training} kept for training",
+        f"answered without the photo, by cross-validation: {result.num_out_of_fold}",
         f"only the second is right on {result.wins}, only the first on {result.losses}, "
         f"McNemar p {result.p:.2g}",
     )
+    say(result.describe_power())
     say(result.summary, style="bold")
 
 
@@ -148,8 +178,8 @@ def compare(
 
     Training images of either bundle, copies, and folders that are not a class of either bundle are
     left out. Edited copies are found only if a bundle was exported with `--with-features`. Of the photos
-    that a server kept, only those that are held out count: half of its random sample, which `train` does
-    not use.
+    that a server kept, those of its random sample count. If they trained a bundle, the answers of its
+    cross-validation count, which the bundle records.
 
     Args:
         first: A bundle, such as the live one.
@@ -185,12 +215,13 @@ def compare_loaded(
             )
 
     notes: list[str] = []
-    images, left_out = _select_images(data, pair, settings, notes)
+    selected = _select_images(data, pair, settings, notes)
+    images = selected.images
 
     done = itertools.count(1)
     first, second = (
-        _run(model, images, settings, lambda: on_image(next(done), 2 * len(images)))
-        for model in pair
+        _run(model, images, answers, settings, lambda: on_image(next(done), 2 * len(images)))
+        for model, answers in zip(pair, selected.answers, strict=True)
     )
 
     wins = int((second.right & ~first.right).sum())
@@ -201,9 +232,10 @@ def compare_loaded(
         first=first.score,
         second=second.score,
         num_images=len(images),
-        num_trained_on=left_out.num_trained_on,
-        num_copies=left_out.num_copies,
-        num_for_training=left_out.num_for_training,
+        num_trained_on=selected.num_trained_on,
+        num_copies=selected.num_copies,
+        num_for_training=selected.num_for_training,
+        num_out_of_fold=selected.num_out_of_fold,
         wins=wins,
         losses=losses,
         difference=(wins - losses) / len(images),
@@ -226,21 +258,29 @@ def narrow_tolerance(tolerance: float, num_images: int) -> float:
     return tolerance * 0.5**tenfolds
 
 
-class LeftOut(NamedTuple):
-    """How many images are not compared, as in `BundleComparison`."""
+class Selected(NamedTuple):
+    """The `images` (N,) that are compared, and how many are not, as in `BundleComparison`.
 
+    `answers` has for each bundle the classes (N,) that its cross-validation answered, -1 where the bundle
+    itself answers.
+    """
+
+    images: ImageFiles
+    answers: tuple[NDArray[np.int64], ...]
     num_trained_on: int
     num_copies: int
     num_for_training: int
+    num_out_of_fold: int
 
 
 def _select_images(
     data: Path, pair: Sequence[LoadedModel], settings: Settings, notes: list[str]
-) -> tuple[ImageFiles, LeftOut]:
+) -> Selected:
     """Open the images in *data* of the classes of *pair*, one of each group of copies.
 
-    Groups with a training image are left out, and photos that a server kept for training. *notes*
-    receives lines about the folder. Raises `DataError` if no image remains.
+    Groups with a training image are left out, except photos that a cross-validation has answered, and
+    photos that a server kept for training. *notes* receives lines about the folder. Raises `DataError` if no
+    image remains.
     """
     labels = {label for model in pair for label in model.bundle.labels}
     origin = pair[1].bundle.manifest.origin  # of the newer bundle
@@ -254,15 +294,21 @@ def _select_images(
     if len(images) > MAX_COMPARED:
         notes.append(f"{data}: over {MAX_COMPARED:,} images; only equal files are left out")
 
-    # Copies share a group. No image of a group counts if a bundle was trained on one of them.
-    grouped = group_photographs(images, _compute_features(images, pair, settings))
-    recorded_N = _find_recorded(grouped.file_hashes, pair, notes)
-    trained_on_N = np.isin(grouped.groups, grouped.groups[recorded_N])
-
-    # Of the photos that a server kept, those that decide count, and all that no server kept.
+    # Of the photos that a server kept, those of its random sample count, and all that no server kept.
     names = [images.path(index).name for index in range(len(images))]
-    may_decide_N = np.array([decides(name) or not kept_id(name) for name in names])
-    remains_N = may_decide_N & ~trained_on_N
+    may_decide_N = np.array([is_sampled(name) or not kept_id(name) for name in names])
+
+    # Copies share a group. An image counts if neither bundle was trained on one of its group, or if the
+    # cross-validation has answered it, which keeps groups together.
+    grouped = group_photographs(images, _compute_features(images, pair, settings))
+    may_answer_N = np.ones(len(images), np.bool_)
+    answers = []
+    for model in pair:
+        trained_on_N = _find_trained_on(grouped, names, model, notes)
+        answers_N = _find_answers(grouped.file_hashes, model)
+        answers.append(answers_N)
+        may_answer_N &= ~trained_on_N | (answers_N >= 0)
+    remains_N = may_decide_N & may_answer_N
     if not remains_N.any():
         raise DataError(f"{data}: all of these images are for training; give others")
 
@@ -270,12 +316,15 @@ def _select_images(
     counts_N = np.zeros(len(images), np.bool_)
     remaining = np.flatnonzero(remains_N)
     counts_N[remaining[np.unique(grouped.groups[remaining], return_index=True)[1]]] = True
-    left_out = LeftOut(
-        num_trained_on=int(trained_on_N.sum()),
+    counted = tuple(answers_N[counts_N] for answers_N in answers)
+    return Selected(
+        images=images.select(counts_N),
+        answers=counted,
+        num_trained_on=int((~may_answer_N).sum()),
         num_copies=int((remains_N & ~counts_N).sum()),
-        num_for_training=int((~may_decide_N & ~trained_on_N).sum()),
+        num_for_training=int((~may_decide_N & may_answer_N).sum()),
+        num_out_of_fold=int((np.stack(counted) >= 0).any(axis=0).sum()),
     )
-    return images.select(counts_N), left_out
 
 
 def _compute_features(
@@ -289,30 +338,40 @@ def _compute_features(
     return None
 
 
-def _find_recorded(
-    file_hashes: NDArray[np.int64], pair: Sequence[LoadedModel], notes: list[str]
+def _find_trained_on(
+    grouped: Grouped, names: Sequence[str], model: LoadedModel, notes: list[str]
 ) -> NDArray[np.bool_]:
-    """Find the images, by their *file_hashes* (N,), that a bundle of *pair* records as training images (N,).
+    """Find the images (N,) with these *names* that show what *model* was trained on, or may have been.
 
-    *notes* receives lines about records that are missing or not complete.
+    A record has at most `MAX_RECORDED` training images. If it may lack some, only the half of a server's
+    random sample that no such training uses was surely not trained on. *notes* receives lines about records
+    that are missing or not complete.
     """
-    recorded_N = np.zeros(len(file_hashes), np.bool_)
-    for model in pair:
-        name = model.bundle.name
-        origin = model.bundle.manifest.origin
-        if origin is None or not origin.sample:
-            notes.append(
-                f"{name}: its training images are not recorded; leave them out yourself"
-            )
-            continue
+    name = model.bundle.name
+    origin = model.bundle.manifest.origin
+    if origin is None or not origin.sample:
+        notes.append(f"{name}: its training images are not recorded; leave them out yourself")
+        return np.zeros(len(names), np.bool_)
 
-        in_record_N = np.isin(file_hashes, origin.sample)
-        recorded_N |= in_record_N
-        if in_record_N.any() and len(origin.sample) == MAX_RECORDED:
-            notes.append(
-                f"{name}: may have been trained on more of these images than its record tells"
-            )
-    return recorded_N
+    in_record_N = np.isin(grouped.file_hashes, origin.sample)
+    trained_on_N = np.isin(grouped.groups, grouped.groups[in_record_N])
+    is_partial = len(origin.sample) == MAX_RECORDED and bool(in_record_N.any())
+    if is_partial:
+        notes.append(
+            f"{name}: may have been trained on more of these images than its record tells"
+        )
+    if is_partial and not origin.out_of_fold:
+        trained_on_N |= np.array([is_sampled(name) and not decides(name) for name in names])
+    return trained_on_N | np.isin(
+        grouped.file_hashes, [file_hash for file_hash, _ in origin.out_of_fold]
+    )
+
+
+def _find_answers(file_hashes: NDArray[np.int64], model: LoadedModel) -> NDArray[np.int64]:
+    """Return the class that the cross-validation of *model* answered for each of *file_hashes* (N,), or -1."""
+    origin = model.bundle.manifest.origin
+    answers = {} if origin is None else dict(origin.out_of_fold)
+    return np.array([answers.get(file_hash, -1) for file_hash in file_hashes.tolist()])
 
 
 class Run(NamedTuple):
@@ -323,9 +382,13 @@ class Run(NamedTuple):
 
 
 def _run(
-    model: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
+    model: LoadedModel,
+    images: ImageFiles,
+    answers_N: NDArray[np.int64],
+    settings: Settings,
+    on_image: Callable[[], None],
 ) -> Run:
-    """Let *model* classify *images*; classes are compared by name."""
+    """Let *model* classify *images*, except those with *answers_N*, -1 without; classes are compared by name."""
     times = [time.perf_counter()]
 
     def count_image() -> None:
@@ -334,7 +397,8 @@ def _run(
 
     logits = model.bundle.manifest.outputs[0].name
     logits_NC = outputs_of_images(model, logits, images, settings, count_image)
-    predicted_N = np.array(model.bundle.labels)[logits_NC.argmax(axis=1)]
+    answered_N = np.where(answers_N < 0, logits_NC.argmax(axis=1), answers_N)
+    predicted_N = np.array(model.bundle.labels)[answered_N]
     right_N = predicted_N == np.array(images.labels)[images.targets]
     score = BundleScore(
         bundle=model.bundle.name,

@@ -2,21 +2,22 @@
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
 from rich.text import Text
 
-from sopdeploy.bundle.decision import have_answers
+from sopdeploy.bundle.decision import Decision, have_answers
 from sopdeploy.bundle.http_api import Classes, ClassProbability, Problem, name_classes
 from sopdeploy.cli.command import as_data, command
 from sopdeploy.cli.console import out, plain_text, print_error, print_json
 from sopdeploy.data.photos.files import list_any_images
 from sopdeploy.errors import DataError, ImageError
+from sopdeploy.html.notebook import notebook_table
 from sopdeploy.images.decode import decode
 from sopdeploy.images.encode import (
     AnyImage,
@@ -27,6 +28,8 @@ from sopdeploy.images.encode import (
     naming,
 )
 from sopdeploy.images.occlusion import GRID, occlude
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.paths import what_is
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import NONFINITE, HttpError
@@ -56,9 +59,69 @@ class FilePredictions(tuple[FilePrediction, ...]):
 
     seconds: tuple[float, ...]
 
+    def _repr_html_(self) -> str:
+        """Show the two best classes of each image in a notebook."""
+        rows = []
+        for one in self:
+            best = [f"{each.label} {100 * each.probability:.0f} %" for each in one.classes[:2]]
+            error = "" if one.error is None else one.error.detail
+            known = {None: "", True: "yes", False: "no"}[one.known]
+            rows.append((one.image, ", ".join(best) or error, known))
+        return notebook_table(f"{len(self):,} images", ["image", "classes", "known"], rows)
+
+
+class Network(NamedTuple):
+    """What predicts: a bundle, or a checkpoint without an export.
+
+    `run` computes from pixels (1, H, W, 3) the logits (C,), None if an output is not finite.
+    """
+
+    labels: tuple[str, ...]
+    preprocess: Preprocess
+    rules: Decision
+    run: Callable[[NDArray[np.uint8]], NDArray[np.float32] | None]
+
+    @classmethod
+    def of_bundle(cls, loaded: LoadedModel) -> "Network":
+        """Run the file of a bundle by its runtime."""
+        manifest = loaded.bundle.manifest
+        logits_name = manifest.outputs[0].name
+
+        def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+            with translating_errors(loaded.runtime):
+                outputs = loaded.runtime.run(pixels)
+            has_answer = have_answers(outputs[logits_name]).all()
+            others = [values for key, values in outputs.items() if key != logits_name]
+            if not has_answer or not all(np.isfinite(values).all() for values in others):
+                return None
+            return outputs[logits_name][0]
+
+        return cls(tuple(loaded.bundle.labels), manifest.preprocess, manifest.rules, run)
+
+    @classmethod
+    def of_checkpoint(cls, path: Path) -> "Network":
+        """Run the network of the checkpoint at *path* by PyTorch; raises `CheckpointError`."""
+        import torch
+
+        from sopdeploy.layers.normalize import Normalize, images_format
+        from sopdeploy.weights.checkpoint import build_classifier, read_checkpoint
+
+        checkpoint = read_checkpoint(path)
+        network = build_classifier(checkpoint, path).eval()
+        normalize = Normalize(checkpoint.preprocess, images_format(network))
+        decision = Decision() if checkpoint.decision is None else checkpoint.decision
+
+        def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+            with torch.no_grad():
+                logits: NDArray[np.float32] = network(normalize(torch.tensor(pixels))).numpy()
+            return logits[0] if have_answers(logits).all() else None
+
+        rules = decision.for_trained_logits()
+        return cls(checkpoint.labels, checkpoint.preprocess, rules, run)
+
 
 def predict_one(
-    loaded: LoadedModel,
+    network: Network,
     image: object,
     name: str,
     settings: Settings,
@@ -70,15 +133,13 @@ def predict_one(
     An image that cannot be used gets an `error`. If *explain*, the prediction has an
     explanation, for which occluded copies of the image are classified, too.
     """
-    manifest = loaded.bundle.manifest
-
     try:
         # Files and buffers have a limit. An array or PIL image has none: it is encoded here, so the
         # limit of `decode` is the length of *body* itself.
         body = encode_image(image, limit=settings.max_body_bytes, compress_level=0)
         decoded = decode(
             body,
-            manifest.preprocess,
+            network.preprocess,
             max_bytes=len(body),
             max_pixels=settings.max_pixels,
         )
@@ -87,27 +148,23 @@ def predict_one(
             image=name, error=describe_error(HttpError.from_image_error(error))
         )
 
-    copies = occlude(decoded.pixels, manifest.preprocess) if explain else ()
+    copies = occlude(decoded.pixels, network.preprocess) if explain else ()
 
-    logits_name = manifest.outputs[0].name
     # Batches of one, as the image alone would be classified, also for the occluded copies.
     all_logits: list[NDArray[np.float32]] = []  # (C,) of the image, then of its occluded copies
     for pixels in (decoded.pixels, *copies):
-        with translating_errors(loaded.runtime):
-            outputs = loaded.runtime.run(pixels[None])
-        has_answer = have_answers(outputs[logits_name]).all()
-        others = [values for key, values in outputs.items() if key != logits_name]
-        if not has_answer or not all(np.isfinite(values).all() for values in others):
+        logits_C = network.run(pixels[None])
+        if logits_C is None:
             return FilePrediction(image=name, error=describe_error(NONFINITE))
-        all_logits.append(outputs[logits_name][0])
+        all_logits.append(logits_C)
 
     # The classes of the image, and which cells its first class depends on.
     logits, *occluded = all_logits
-    limit = settings.classes_per_image(multi_label=manifest.rules.is_multi_label)
-    answer = manifest.rules.answer(
+    limit = settings.classes_per_image(multi_label=network.rules.is_multi_label)
+    answer = network.rules.answer(
         logits, limit, occluded=np.stack(occluded) if explain else None
     )
-    fields = name_classes(answer, loaded.bundle.labels, decoded.warnings)
+    fields = name_classes(answer, network.labels, decoded.warnings)
     return FilePrediction.model_validate({"image": name, **fields})
 
 
@@ -156,6 +213,7 @@ def _show(predictions: FilePredictions, *, as_json: bool) -> int:
     examples=(
         "sopdeploy predict bundles/photos-3f6c01d2a4b7 photo.jpg",
         "sopdeploy predict bundles/photos-3f6c01d2a4b7 folder/",
+        "sopdeploy predict runs/latest/best.pt photo.jpg",
     ),
     keys=("explain", "runtime"),
 )
@@ -171,7 +229,7 @@ def predict(
     """Classify image files without a server, with the same results as the service.
 
     Args:
-        bundle: A bundle written by `sopdeploy export`.
+        bundle: A bundle written by `sopdeploy export`, or the checkpoint of a run, best.pt, which PyTorch runs.
         images: Image files, and folders of them; in Python also what the client takes: bytes, files, PIL
             images, uint8 arrays (H, W, 3), (H, W, 4), (H, W), and (N, H, W, 3).
         top_k: Classes per image.
@@ -208,14 +266,17 @@ def predict(
 
     # Their predictions; errors name the image.
     loaded_settings = load_settings(top_k=top_k, runtime=runtime, **settings)
-    loaded = load_model(Path(bundle), loaded_settings)
+    if what_is(Path(bundle)) == "checkpoint":
+        network = Network.of_checkpoint(Path(bundle))
+    else:
+        network = Network.of_bundle(load_model(Path(bundle), loaded_settings))
     predictions = []
     seconds = []
     for number, source in enumerate(sources):
         name = name_image(source, number)
         started = time.perf_counter()
         with naming(name, DataError):
-            prediction = predict_one(loaded, source, name, loaded_settings, explain=explain)
+            prediction = predict_one(network, source, name, loaded_settings, explain=explain)
         predictions.append(prediction)
         seconds.append(time.perf_counter() - started)
 

@@ -1,12 +1,16 @@
 """The page `runs/index.html`, which lists runs and bundles."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 from sopdeploy.base.files import atomic_write, writing
 from sopdeploy.base.project import RUNS, Origin
 from sopdeploy.errors import CheckpointError, amount
 
+BUNDLES = Path("bundles")
 PAGE = "index.html"  # of the folder `runs`
 MAX_BEFORE = 5  # runs that a page lists
 
@@ -46,15 +50,32 @@ def write_runs_page() -> None:
     """Write `runs/index.html`, which lists the runs in `runs` and the bundles in `bundles`."""
     from sopdeploy.html.report import HtmlReport, Section, Table, render
 
+    runs = list_runs()
     table = Table(
-        caption="The report on a run is report.html in its folder. The commands train and export update this page.",
+        caption="A run leads to its report, a bundle to its page. The commands train and export update this page.",
         columns=["date (UTC)", "run", "images", "classes", "accuracy", "bundle", "state"],
-        rows=[_cells(row) for row in list_runs()],
+        rows=[_cells(row) for row in runs],
+        pages=_find_pages(runs),
     )
     sections = [Section(title="The newest first", tables=[table])]
     page = HtmlReport(title="Runs and bundles", sections=sections)
     with writing(RUNS), atomic_write(RUNS / PAGE) as partial:
         partial.write_text(render(page), encoding="utf-8")
+
+
+def _find_pages(runs: Sequence[RunRow]) -> dict[tuple[int, int], str]:
+    """Find the reports and the pages of bundles, by the row and the column of the cells that lead to them."""
+    pages = {}
+    for number, row in enumerate(runs):
+        # The first column is the header of the row.
+        places = (
+            (0, RUNS / row.run / "report.html", row.run),
+            (4, BUNDLES / f"{row.bundle}.html", row.bundle),
+        )
+        for column, page, name in places:
+            if name and page.is_file():
+                pages[number, column] = quote(os.path.relpath(page, RUNS))
+    return pages
 
 
 def _cells(row: RunRow) -> list[str]:
@@ -88,7 +109,7 @@ def list_runs() -> list[RunRow]:
     projects = set()  # whose newest bundle has a row
 
     # A row for each bundle, which knows its run by its id.
-    for listed in list_bundles(Path("bundles")):
+    for listed in list_bundles(BUNDLES):
         manifest = listed.manifest
         row = RunRow()  # of a bundle whose manifest cannot be read
         if manifest is not None:

@@ -205,7 +205,7 @@ def train(
         if folder.parent.resolve() == RUNS.resolve():
             write_runs_page()
 
-    return summarize_run(
+    result = summarize_run(
         run,
         folder,
         report=folder / PAGE,
@@ -216,6 +216,9 @@ def train(
         if request.previous is None
         else _describe_changes(request.previous, run.setup),
     )
+    if draws_bars and err.is_jupyter:  # the command prints all of the result
+        observer.on_message(result.procedure.describe_score())
+    return result
 
 
 def _train_in_folder(

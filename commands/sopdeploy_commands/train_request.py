@@ -16,13 +16,13 @@ from sopdeploy.base.project import RUNS, Name, folder_project
 from sopdeploy.data.photos.files import ANY_IMAGES, data_folder
 from sopdeploy.data.photos.outputs import check_takes_output
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.paths import describe_wrong, what_is
+from sopdeploy.paths import describe_near, describe_wrong, what_is
 from sopdeploy.training.settings.recipe_files import parse_override, read_values, select_by_name
 from sopdeploy.weights.files import WeightPath, check_is_weights
 
 if TYPE_CHECKING:
     from sopdeploy.training.settings.recipe import Recipe
-    from sopdeploy.training.setup import Given
+    from sopdeploy.training.setup import Given, RunImages
     from sopdeploy.training.start_weights import WeightSource
     from sopdeploy.weights.checkpoint import Checkpoint
 
@@ -206,13 +206,31 @@ def read_request(
     previous = None if options.from_ is None else read_previous(Path(options.from_))
     configured, given = configure(changes, previous, start_file)
     run_images = open_images(configured, data_of_folder, unknown)
+    _check_unknown(configured, run_images)
     return TrainRequest(configured, given._replace(images=run_images), previous)
+
+
+def _check_unknown(recipe: "Recipe", images: "RunImages") -> None:
+    """Raise `ConfigError` if the folder of unknown images has training images: what they tell means nothing."""
+    from sopdeploy.data.photos.photo import ImageFiles  # imports numpy
+
+    folder = recipe.rejection.unknown
+    train = images.data.train
+    if folder is None or not isinstance(train, ImageFiles):
+        return
+    unknown = folder.resolve()
+    if any(train.path(index).resolve().is_relative_to(unknown) for index in range(len(train))):
+        raise ConfigError(
+            f"{folder}: has images of the classes, which are trained; give a folder of other images",
+            setting="unknown",
+        )
 
 
 def _check_starts(source: Path) -> None:
     """Raise `ConfigError` unless *source* is a run, its checkpoint, or a bundle."""
     if not source.exists():
-        problem = "no such run or bundle; runs/index.html lists them"
+        near = describe_near(source) or "runs/index.html lists them"
+        problem = f"no such run or bundle; {near}"
     elif what_is(source) in {"run", "checkpoint", "bundle"}:
         return
     else:

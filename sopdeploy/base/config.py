@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeAlias, TypeVar
 import pydantic
 import pydantic_core
 
+from sopdeploy.base.nearest import did_you_mean
 from sopdeploy.base.plugins import OF_PAPERS, PluginRegistry
 from sopdeploy.errors import ConfigError
 from sopdeploy.version import __version__
@@ -410,6 +411,13 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
     """Return pydantic's message, or the message of a validator, with the wrong value unless it is a table."""
     message = str(problem.get("ctx", {}).get("error", problem["msg"]))[: 10 * MAX_SHOWN]
     line = "".join(letter if letter.isprintable() else " " for letter in message)
+
+    # A table that is one of several kinds, whose `kind` is like one of them.
+    if problem["type"] == "union_tag_invalid" and problem["ctx"]["tag"] not in OF_PAPERS:
+        facts = problem["ctx"]
+        kinds = re.findall(r"'([^']*)'", facts["expected_tags"])
+        if near := did_you_mean(str(facts["tag"]), kinds):
+            return f"no {facts['discriminator'].strip(chr(39))} {shown(facts['tag'])}; {near}"
 
     value = problem["input"]
     is_table = isinstance(value, Mapping | pydantic.BaseModel)

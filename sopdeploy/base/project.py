@@ -77,6 +77,8 @@ class Origin(StrictModel):
     includes the held-out ones; `sample` has the lowest hashes of training images, at most
     `MAX_RECORDED`. `formats` are those of the images, names of `FORMATS`; none are known of images
     that are not files, and of networks that 0.1.0 trained. `reading` is known since 0.3.0.
+    `out_of_fold` is what cross-validation answered for the training photos of a server's random sample: the
+    hash of a photo and the index of a class, -1 if no classifier without the photo knew its class.
     """
 
     run: Text
@@ -88,12 +90,17 @@ class Origin(StrictModel):
     sample: Annotated[tuple[int, ...], pydantic.Field(max_length=MAX_RECORDED)] = ()
     formats: Annotated[tuple[Text, ...], pydantic.Field(max_length=MAX_RECORDED)] = ()
     reading: FolderReading = AS_IT_IS
+    out_of_fold: Annotated[
+        tuple[tuple[int, int], ...], pydantic.Field(max_length=MAX_RECORDED)
+    ] = ()
 
     def written_fields(self) -> dict[str, Any]:
-        """Return the fields for a file: `reading`, which 0.2.0 does not know, only if it has content."""
+        """Return the fields for a file: those that earlier versions do not know only if they have content."""
         fields = self.model_dump(mode="json")
         if self.reading == AS_IT_IS:
             del fields["reading"]
+        if not self.out_of_fold:
+            del fields["out_of_fold"]
         return fields
 
 

@@ -264,7 +264,7 @@ class ProgressBars:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not (console.is_terminal or console.is_jupyter),
         )
         self.task = self.progress.add_task("", total=None, note="", visible=False)
 

@@ -25,13 +25,16 @@ from sopdeploy.evaluation.multi_label import (
     MultiLabelPredictions,
     MultiLabelReport,
 )
-from sopdeploy.html.plots import plot, plot_bars
+from sopdeploy.html.plots import plot, plot_bars, plot_counts
 from sopdeploy.html.report import NO_BREAK_SPACE, Figure, Section, Table, percent
 
 MAX_MATRIX_CLASSES = 30
 MAX_CONFUSIONS = 15
 _MAX_OPEN_CLASSES = 20  # more are folded
 MIN_CURVE = 200  # images from which on curves say something
+MAX_OPEN_MATRIX = (
+    15  # classes; a larger matrix is folded, and the frequent mistakes stand beside the photos
+)
 _MAX_POINTS = 60  # of a curve
 _NUM_PARTS = 8  # of the images by confidence
 
@@ -162,11 +165,9 @@ def _describe_classes(metrics: ClassificationReport, which_images: str) -> Secti
 
     if metrics.accepted is not None:
         scores += f" {_with_interval(metrics.accepted)} accepted as known."
-    tables = [
-        *tabulate_matrix(metrics),
-        tabulate_classes(metrics),
-        tabulate_mistakes(metrics),
-    ]
+    tables = [*tabulate_matrix(metrics), tabulate_classes(metrics)]
+    if not any(table.matrix and table.folded for table in tables):
+        tables.append(tabulate_mistakes(metrics))
     return Section(title="Predictions", text=[which_images, scores], tables=tables)
 
 
@@ -182,7 +183,11 @@ def tabulate_matrix(
     if links:
         caption += "; a number leads to its photos"
     columns = ["class", *names]
-    return [Table(caption=caption, columns=columns, rows=rows, matrix=True, links=links)]
+    folded = len(names) > MAX_OPEN_MATRIX
+    matrix = Table(
+        caption=caption, columns=columns, rows=rows, matrix=True, links=links, folded=folded
+    )
+    return [tabulate_mistakes(metrics, links), matrix] if folded else [matrix]
 
 
 def tabulate_mistakes(
@@ -226,7 +231,7 @@ def tabulate_classes(metrics: ClassificationReport) -> Table:
 
 
 def describe_thresholds(metrics: ClassificationReport, scores: Sequence[ImageScore]) -> Section:
-    """Show what a threshold on the confidence does; from `MIN_CURVE` images on, also as curves."""
+    """Show the confidence, and what a threshold on it does; from `MIN_CURVE` images on, also as curves."""
     rows = []
     for row in metrics.thresholds:
         share = percent(row.right / row.kept) if row.kept else "-"
@@ -238,8 +243,23 @@ def describe_thresholds(metrics: ClassificationReport, scores: Sequence[ImageSco
         rows=rows,
     )
 
-    figures = _plot_confidence(scores) if len(scores) >= MIN_CURVE else []
+    figures = [_plot_distribution(scores)]
+    if len(scores) >= MIN_CURVE:
+        figures = [*_plot_confidence(scores), *figures]
     return Section(title="Confidence", figures=figures, tables=[table])
+
+
+def _plot_distribution(scores: Sequence[ImageScore]) -> Figure:
+    """Plot how many images have which confidence, right and wrong."""
+    edges = [10 * tenth for tenth in range(11)]
+    counts = {}
+    for name, is_right in (("right", True), ("wrong", False)):
+        values = [100 * score.confidence for score in scores if score.correct is is_right]
+        counts[name] = np.histogram(values, edges)[0].tolist()
+    return Figure(
+        image=plot_counts(counts, edges, "confidence, %"),
+        caption="Images by their confidence, the probability of the predicted class.",
+    )
 
 
 def _plot_confidence(scores: Sequence[ImageScore]) -> list[Figure]:

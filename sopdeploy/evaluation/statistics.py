@@ -114,6 +114,15 @@ def decide(wins: int, losses: int, images: int, tolerance: float) -> Verdict:
     return "worse" if losses > wins and p <= ALPHA else "undecided"
 
 
+def passing_gain(changed: float, images: int, tolerance: float) -> float:
+    """Estimate the true gain from which `difference_interval` with `Z_90` stays above -*tolerance* in 80 % of cases.
+
+    *changed* is the share of the *images* on which only one of the two classifiers is right. The result is a
+    share, at least -*tolerance* and at most 1.
+    """
+    return min(1.0, (Z_90 + Z_POWER) * math.sqrt(changed / images) - tolerance)
+
+
 def smallest_difference(wins: int, losses: int, images: int) -> float:
     """Estimate the difference of accuracies that `mcnemar` finds in 80 % of cases, at this rate of changes.
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,21 @@ _STYLE: Any = {
     "font.size": 9,
     "axes.grid": True,
     "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.8,
 }
+# The colors of the web page, and others for more curves
+_COLORS = [
+    "#0a7a5c",
+    "#d08a1d",
+    "#4f86c6",
+    "#9a6bc4",
+    "#a8201a",
+    "#52635d",
+    "#7fb2d9",
+    "#c7a15a",
+]
 
 
 def plot(
@@ -36,8 +51,8 @@ def plot(
 
     def draw(axes: Any) -> None:
         for number, points in enumerate(curves.values()):
-            # There are ten colors, so the style of the line changes after ten curves.
-            style = ("-", "--", ":", "-.")[number // 10 % 4]
+            # The style of the line changes when the colors begin again.
+            style = ("-", "--", ":", "-.")[number // len(_COLORS) % 4]
             xs = [x for x, _ in points]
             ys = [y for _, y in points]
             axes.plot(xs, ys, style, marker="." if len(points) < 20 else "")
@@ -71,6 +86,23 @@ def plot_bars(values: Mapping[str, float], x_label: str) -> str:
     return _draw(draw, 0.7 + _THIN_BAR * len(values))
 
 
+def plot_counts(
+    counts: Mapping[str, Sequence[int]], edges: Sequence[float], x_label: str
+) -> str:
+    """Draw the *counts* of images between *edges*, of several kinds by name, above each other; a `data:` URL."""
+
+    def draw(axes: Any) -> None:
+        below = [0.0] * (len(edges) - 1)
+        widths = [high - low for low, high in itertools.pairwise(edges)]
+        for name, values in counts.items():
+            axes.bar(edges[:-1], values, widths, bottom=below, align="edge", label=name)
+            below = [one + other for one, other in zip(below, values, strict=True)]
+        axes.set(xlabel=x_label, ylabel="images")
+        axes.legend(fontsize=7)
+
+    return _draw(draw, _HEIGHT)
+
+
 def component_chart(counts: Sequence[int], caption: str) -> Figure:
     """Draw how many training images each component of a gated network received in the last epoch, as bars."""
 
@@ -92,7 +124,8 @@ def _draw(draw: Callable[[Any], None], height: float) -> str:
     from matplotlib.figure import Figure as Drawing  # noqa: PLC0415
 
     file = io.BytesIO()
-    with mpl.rc_context(_STYLE), warnings.catch_warnings(action="ignore"):
+    style = {**_STYLE, "axes.prop_cycle": mpl.cycler(color=_COLORS)}
+    with mpl.rc_context(style), warnings.catch_warnings(action="ignore"):
         # The warnings are of characters without a glyph, which remain text.
         drawing = Drawing(figsize=(_WIDTH, height), layout="constrained")
         draw(drawing.subplots())

@@ -18,7 +18,7 @@ class Table:
 
     The cells of a *matrix* are colored by their share of the row: the diagonal as right, others
     as wrong. `links` are the figures, by `Figure.name`, or the rows, by `names`, that cells
-    (row, column) lead to.
+    (row, column) lead to, `pages` other pages, by their address from here.
     """
 
     caption: str
@@ -27,7 +27,18 @@ class Table:
     folded: bool = False
     matrix: bool = False
     links: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    pages: Mapping[tuple[int, int], str] = field(default_factory=dict)
     names: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """A class: its name, a line of facts, the share that a bar shows, and sample photos, as `data:` URLs."""
+
+    title: str
+    text: str
+    share: float | None = None
+    images: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +56,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """A heading with paragraphs, figures and tables in this order; without content it is not shown.
+    """A heading with paragraphs, cards, figures and tables in this order; without content it is not shown.
 
     Where the window is wide, the figures are beside the tables of a section that is `divided`. A
     `folded` section is opened by its heading.
@@ -53,6 +64,7 @@ class Section:
 
     title: str
     text: Sequence[str] = ()
+    cards: Sequence[Card] = ()
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     divided: bool = False
@@ -63,10 +75,13 @@ class Section:
 class HtmlReport:
     """A title with warnings, paragraphs and key figures, then the sections.
 
-    `folded` are texts below the paragraphs, by the captions that open them.
+    `headline` is the largest line; `bounds` are the low end of an interval, a value and the high
+    end, from 0 to 1, drawn below. `folded` are texts below the paragraphs, by the captions that open them.
     """
 
     title: str
+    headline: str = ""
+    bounds: tuple[float, float, float] | None = None
     warnings: Sequence[str] = ()
     text: Sequence[str] = ()
     folded: Mapping[str, str] = field(default_factory=dict)

@@ -4,6 +4,7 @@ Letters: N images, C classes.
 """
 
 import base64
+import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from sopdeploy.evaluation.metrics import (
     ThresholdMetrics,
 )
 from sopdeploy.evaluation.multi_label import (
+    MeanPrecision,
     MultiLabelMetrics,
     MultiLabelPredictions,
     MultiLabelReport,
@@ -46,6 +48,7 @@ from sopdeploy.evaluation.predictions import (
 )
 from sopdeploy.html.plots import component_chart, plot
 from sopdeploy.html.report import (
+    Card,
     Figure,
     HtmlReport,
     Section,
@@ -68,12 +71,20 @@ from sopdeploy.training.records.results import (
     insert_folders,
 )
 from sopdeploy.training.settings.recipe import flatten
-from sopdeploy.training.train import FinishedRun, describe_problem
+from sopdeploy.training.train import (
+    PREDICTIONS,
+    FinishedRun,
+    ImagePrediction,
+    describe_problem,
+)
 
 PAGE = "report.html"
 _MAX_SHOWN = 24  # photographs of a section
 _MAX_GROUPS = 12  # of copies
 _MAX_COPIES = 4  # of a group
+_MAX_CARDS = 24  # classes with sample photos
+_SAMPLES = 2  # photos of a class
+_CARD_SIDE = 112  # pixels
 _MAX_CELLS = 60  # kinds of mistakes that are shown
 _SIDE = 480  # pixels of the longer side of an opened photograph
 _JPEG_QUALITY = 75
@@ -130,10 +141,11 @@ def write_run_page(
     decision = None if fit.decision is None else fit.decision.for_trained_logits()
     predicted = make_predictions(logits_NC, images, setup.labels, decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
+    _write_predictions(folder / PREDICTIONS, predicted, images)
 
     # Without a score, predictions and mistakes say nothing about other photographs.
-    sections: list[Section] = []
     is_measured = result.score is not None
+    sections = [_show_classes(setup.data.train, metrics if is_measured else None)]
     if is_measured:
         sections += _describe_mistakes(predicted, metrics, images, description)
 
@@ -161,6 +173,7 @@ def write_run_page(
         next_step = f"{problem[0].upper()}{problem[1:]}."
     content = HtmlReport(
         title=setup.recipe.project or fit.name,
+        **_head(result.score),
         warnings=[
             insert_folders(line, data_folder, folder) for line in run.record.get("warnings", ())
         ],
@@ -171,8 +184,11 @@ def write_run_page(
                 for line in notes
             ),
             next_step,
+            insert_names("The prediction of each image: {}", PREDICTIONS, tag="code"),
         ],
-        folded={f"{len(setup.labels)} classes": _list_names(setup.labels)},
+        folded={f"{len(setup.labels)} classes": _list_names(setup.labels)}
+        if len(setup.labels) > _MAX_CARDS
+        else {},
         sections=sections,
     )
 
@@ -185,6 +201,97 @@ def write_run_page(
         return PageFacts([], (), _score_classes(setup.data.train, metrics))
     classes = _score_classes(setup.data.train, metrics)
     return PageFacts(metrics.mistakes(), metrics.thresholds, classes)
+
+
+def _head(score: Rate | MeanPrecision | float | None) -> dict[str, Any]:
+    """Return the headline of a page, the *score*, with its interval to draw."""
+    if isinstance(score, Rate):
+        share, name = score.share, "accuracy"
+    elif isinstance(score, MeanPrecision):
+        share, name = score.value, "mAP"
+    else:
+        return {}
+    return {"headline": f"{percent(share)} {name}", "bounds": (score.low, share, score.high)}
+
+
+def _show_classes(
+    train: LabeledImages, metrics: ClassificationReport | MultiLabelReport | None
+) -> Section:
+    """Show each class of *train*, its recall by *metrics* and sample photos, the lowest recall first."""
+    recalls: dict[str, float | None] = {}
+    for row in () if metrics is None else metrics.classes:
+        recalls[row.label] = row.recall.share if isinstance(row.recall, Rate) else row.recall
+    counts = dict(zip(train.labels, train.class_counts().tolist(), strict=True))
+
+    def worst_first(label: str) -> float:
+        recall = recalls.get(label)
+        return 2.0 if recall is None else recall
+
+    labels = sorted(train.labels, key=worst_first)
+    cards = []
+    for label in labels[:_MAX_CARDS]:
+        column = train.labels.index(label)
+        has_class_N = (
+            train.targets[:, column] > 0 if train.is_multi_label else train.targets == column
+        )
+        members = np.flatnonzero(has_class_N)
+        # The first image and the one in the middle, which are seldom copies.
+        chosen = members[:: max(1, -(-len(members) // _SAMPLES))].tolist()
+        photos = (_encode(train, index, _CARD_SIDE) for index in chosen)
+        text = amount(counts[label], "image")
+        recall = recalls.get(label)
+        if recall is not None:
+            text += f", recall {percent(recall, 0)}"
+        cards.append(Card(title=label, text=text, share=recall, images=[*filter(None, photos)]))
+
+    more = len(labels) - len(cards)
+    text = (
+        [f"The {len(cards)} classes with the lowest recall, of {len(labels)}."] if more else []
+    )
+    return Section(title="Classes", text=text, cards=cards)
+
+
+def _write_predictions(path: Path, predicted: Predictions, images: LabeledImages) -> None:
+    """Write a row for each of *images*: its file, its class, and what is *predicted*, with probabilities."""
+    rows: list[Sequence[object]]
+    if isinstance(predicted, MultiLabelPredictions):
+        header = ["file", "classes", *(f"probability of {label}" for label in images.labels)]
+        rows = [
+            (
+                images.identity(index),
+                "|".join(images.class_names(index)),
+                *map("{:.4f}".format, row),
+            )
+            for index, row in enumerate(predicted.probabilities.tolist())
+        ]
+    else:
+        header = [*ImagePrediction._fields]
+        rows = [
+            (
+                images.identity(index),
+                images.labels[score.target],
+                images.labels[score.top5[0]],
+                f"{score.confidence:.4f}",
+                f"{score.likelihood:.4f}",
+                "" if score.known is None else str(score.known).lower(),
+            )
+            for index, score in enumerate(predicted)
+        ]
+    with writing(path), atomic_write(path) as partial, partial.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def _encode(images: LabeledImages, index: int, side: int) -> str:
+    """Encode an image, at most *side* pixels, as a JPEG in a `data:` URL; "" if its file cannot be read."""
+    try:
+        small = images.photo(index).pixels.copy()
+    except DataError:
+        return ""
+    small.info.clear()  # Pillow would write the comment of the file
+    small.thumbnail((side, side))
+    encoded = io.BytesIO()
+    small.save(encoded, "JPEG", quality=_JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode('ascii')}"
 
 
 def _score_classes(
@@ -226,15 +333,20 @@ def _describe_mistakes(
                 title="Mistakes", text=[measured_on], figures=bars, tables=tables, divided=True
             ),
             worst,
-            Section(title="Classes", tables=[tabulate_classes(metrics)]),
+            Section(
+                title="Precision and recall", tables=[tabulate_classes(metrics)], folded=True
+            ),
         ]
     else:
         text = [measured_on, *worst.text]
-        tables = [*tabulate_matrix(metrics, links), tabulate_classes(metrics)]
+        tables = tabulate_matrix(metrics, links)
         sections = [
             Section(
                 title="Mistakes", text=text, figures=worst.figures, tables=tables, divided=True
-            )
+            ),
+            Section(
+                title="Precision and recall", tables=[tabulate_classes(metrics)], folded=True
+            ),
         ]
 
     sections.append(replace(describe_thresholds(metrics, predicted), divided=True))
@@ -439,8 +551,8 @@ def _show_mistakes(
             score = scores[index]
             true = images.labels[score.target]
             other = images.labels[score.top5[0]]
-            template = f"{{}} ({percent(score.likelihood)}), predicted as {{}} ({percent(score.confidence)})"
-            captions.append((index, insert_names(template, true, other)))
+            template = f"predicted as {{}} with {percent(score.confidence, 0)}, {{}} {percent(score.likelihood, 0)}"
+            captions.append((index, insert_names(template, other, true)))
 
     return _show_photographs("Worst mistakes", text, images, captions, names)
 
@@ -495,19 +607,10 @@ def _show_photographs(
     """
     figures = []
     for index, caption in captions:
-        try:
-            small = images.photo(index).pixels.copy()
-        except DataError:
+        url = _encode(images, index, _SIDE)
+        if not url:
             continue
-
-        small.info.clear()  # Pillow would write the comment of the file
-        small.thumbnail((_SIDE, _SIDE))
-        encoded = io.BytesIO()
-        small.save(encoded, "JPEG", quality=_JPEG_QUALITY)
-        jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
-
         named = caption + ": " + insert_names("{}", images.identity(index))
-        url = f"data:image/jpeg;base64,{jpeg}"
         name = names.get(index, "")
         figures.append(Figure(image=url, caption=named, opens=True, name=name))
     return Section(title=title, text=[text] if figures else [], figures=figures)

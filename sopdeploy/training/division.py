@@ -1,16 +1,19 @@
 """The images of a run, divided into those that train and those that are held out."""
 
 from collections.abc import Callable, Collection
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sopdeploy.base.project import MAX_RECORDED
 from sopdeploy.data.photos.clips import clips_of_images
 from sopdeploy.data.photos.copies import NO_PAIRS, Grouped, Groups, connect, group_photographs
 from sopdeploy.data.photos.file_checks import describe_contradictions, find_seen, hash_images
+from sopdeploy.data.photos.kept import decides, is_sampled
 from sopdeploy.data.photos.photo import LabeledImages, Split
 from sopdeploy.data.photos.split import (
     NONE,
@@ -52,6 +55,26 @@ class Division(NamedTuple):
     file_hashes: NDArray[np.int64]
     held_out: Record
     num_seen: int = 0
+
+
+def leave_out_deciding(recipe: Recipe, opened: Split) -> Split:
+    """Leave half of a server's random sample out of the training images *opened*, to decide in `compare`.
+
+    The few-shot procedure answers each photo out of fold and records this in the bundle, so that it
+    leaves none out, unless the sample has more than `MAX_RECORDED` photos. Nor is a photo of a class left out
+    that would have fewer than two.
+    """
+    images = opened.train
+    names = [PurePath(images.identity(index)).name for index in range(len(images))]
+    records_all = sum(map(is_sampled, names)) <= MAX_RECORDED
+    decides_N = np.asarray([decides(name) for name in names], np.bool_)
+    if not decides_N.any() or (isinstance(recipe.procedure, FewShotConfig) and records_all):
+        return opened
+
+    if not images.is_multi_label:
+        is_small_K = images.select(~decides_N).class_counts() < 2
+        decides_N &= ~is_small_K[images.targets.astype(np.int64)]
+    return replace(opened, train=images.select(~decides_N))
 
 
 def divide_images(
@@ -117,6 +140,7 @@ def open_division(recipe: Recipe, last: Checkpoint, source: Path) -> Division:
     """
     opened = open_data(recipe.data).without(read_left_out(last, source))
     selected, _ = select_procedure(recipe, len(opened.train))
+    opened = leave_out_deciding(selected, opened)
     return divide_images(selected, opened, last, Strategy(torch.device("cpu")))
 
 

@@ -28,6 +28,7 @@ from sopdeploy.training.division import (
     check_count,
     check_data,
     divide_images,
+    leave_out_deciding,
     leave_out_seen,
 )
 from sopdeploy.training.procedure import LOOP_INSTEAD, select_procedure
@@ -190,6 +191,12 @@ def _divide_and_check(
 ) -> Division:
     """Divide the images *opened* for the procedure of *selected*; raises `DataError` if they do not suffice."""
     strategy = folder.strategy
+    num_opened = len(opened.train)
+    opened = leave_out_deciding(selected, opened)
+    if num_deciding := num_opened - len(opened.train):
+        callback.on_warning(
+            f"{amount(num_deciding, 'photo')} of a server's sample left out, because they decide in `compare`"
+        )
     division = divide_images(selected, opened, last, strategy, given.group_copies)
     check_data(selected, opened, division, given.changes, callback)
     if isinstance(selected, LoopRecipe) and isinstance(selected.procedure, LoopConfig):

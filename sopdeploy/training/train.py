@@ -4,6 +4,7 @@ A run that is stopped or killed at any time and then resumed on the same machine
 weights of an uninterrupted one: bit for bit on a CPU with the same number of threads.
 """
 
+import csv
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from sopdeploy.bundle.decision import Decision
 from sopdeploy.data.photos.file_checks import leave_out_unreadable, unreadable_images_error
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import ThresholdMetrics
+from sopdeploy.html.notebook import notebook_table
 from sopdeploy.training.callback import Callback, WarningRecord
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.records.checkpoints import Fit, Setup, read_warnings
@@ -27,6 +29,24 @@ from sopdeploy.training.settings.recipe import Recipe
 from sopdeploy.training.setup import NOTHING_GIVEN, Given, open_images, set_up_run
 from sopdeploy.training.start_weights import StartReport
 from sopdeploy.weights.checkpoint import Checkpoint
+
+PREDICTIONS = "predictions.csv"  # of a run, written with its page
+MAX_MATRIX = 30  # classes that a notebook shows as a matrix
+
+
+class ImagePrediction(NamedTuple):
+    """What a finished run predicts for an image that the score counts.
+
+    `label` is its class, `confidence` the probability of the `predicted` one and `likelihood` that of its
+    own. `known` is None without a threshold.
+    """
+
+    file: str
+    label: str
+    predicted: str
+    confidence: float
+    likelihood: float
+    known: bool | None
 
 
 class TrainingResult(StrictModel):
@@ -74,6 +94,65 @@ class TrainingResult(StrictModel):
     thresholds: tuple[ThresholdMetrics, ...] = ()
     classes: tuple[ClassScore, ...] = ()
     problem: str = ""
+
+    def predictions(self) -> list[ImagePrediction]:
+        """Read what the run predicts for each image that its score counts; empty with several classes per image.
+
+        Raises `OSError` if the run has no `predictions.csv`.
+        """
+        with (self.out / PREDICTIONS).open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        if rows and "predicted" not in rows[0]:
+            return []
+        known = {"true": True, "false": False}
+        return [
+            ImagePrediction(
+                file=row["file"],
+                label=row["label"],
+                predicted=row["predicted"],
+                confidence=float(row["confidence"]),
+                likelihood=float(row["likelihood"]),
+                known=known.get(row["known"]),
+            )
+            for row in rows
+        ]
+
+    def confusion(self) -> dict[str, dict[str, int]]:
+        """Count the images of `predictions` by their class, then by the predicted class."""
+        labels = [row.label for row in self.classes]
+        counts = {label: dict.fromkeys(labels, 0) for label in labels}
+        for one in self.predictions():
+            counts[one.label][one.predicted] += 1
+        return counts
+
+    def _repr_html_(self) -> str:
+        """Show the score and the confusion matrix in a notebook."""
+        lines = [f"{self.best}; the report: {self.report}"]
+        try:
+            counts = self.confusion()
+        except OSError:  # the run has been deleted, or wrote no page
+            counts = {}
+        is_matrix = len(counts) <= MAX_MATRIX and any(
+            sum(row.values()) for row in counts.values()
+        )
+        if is_matrix:
+            columns = ["class", *counts]
+            rows: list[tuple[object, ...]] = [
+                (label, *row.values()) for label, row in counts.items()
+            ]
+        else:
+            columns = ["class", "images", "precision", "recall"]
+            rows = [
+                (row.label, str(row.images), _percent(row.precision), _percent(row.recall))
+                for row in self.classes
+            ]
+        return notebook_table(
+            self.procedure.describe_score(), columns, rows, lines=lines, shares=is_matrix
+        )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 class FinishedRun(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import binom
 
 from sopdeploy.base.files import sha256
 from sopdeploy.base.project import Origin, utc_now
@@ -28,7 +29,13 @@ from sopdeploy.errors import (
     SopdeployError,
     StorageError,
 )
-from sopdeploy.evaluation.statistics import Z_90, bound_difference, mcnemar
+from sopdeploy.evaluation.statistics import (
+    Z_90,
+    bound_difference,
+    mcnemar,
+    passing_gain,
+    score_statistic,
+)
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.compare import compare, narrow_tolerance
 from sopdeploy_commands.predict import predict
@@ -94,6 +101,13 @@ def trained_on(bundle: Path, destination: Path, photos: Path) -> Path:
     counts = {"num_images": len(hashes), "num_classes": 7}
     origin = Origin(started=utc_now(), sample=hashes, **names, **counts)
     return with_manifest(bundle, destination, origin=origin)
+
+
+def file_hash(path: Path) -> int:
+    """The hash of the image at *path*, as records have it."""
+    images = open_any_images(path.parent)
+    names = [images.path(index).name for index in range(len(images))]
+    return int(hash_images(images)[names.index(path.name)])
 
 
 def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
@@ -238,19 +252,81 @@ def test_photographs_of_the_training_and_their_copies_are_left_out(
         compare(first, trained, seen)
 
 
-def test_of_kept_photographs_those_that_decide_count(bundles, labelled) -> None:
-    """Half of the random sample, by the digits 9 to 16 of the hash in the name."""
-    photos = labelled(bundles[1], count=8)
-
-    # Four photographs of the sample, two of them with even digits, two others, two not kept
+def keep_photographs(photos: Path) -> list[Path]:
+    """Name six of *photos* as a server does: four of its sample, two of them with even digits 9 to 16."""
     names = [f"{number:08x}{number % 4:08x}{number:016x}" for number in range(6)]
+    kept = []
     for number, (name, path) in enumerate(
         zip(names, sorted(photos.rglob("*.png")), strict=False)
     ):
-        path.rename(path.with_name(f"{name}{'-sample' if number < 4 else ''}.png"))
-    found = compare(*bundles, photos)
+        suffix = "-sample" if number < 4 else ""
+        kept.append(path.rename(path.with_name(f"{name}{suffix}.png")))
+    return kept
 
-    assert (found.num_images, found.num_for_training) == (2 + 2, 4)
+
+def test_of_kept_photographs_the_random_sample_counts(bundles, labelled, tmp_path) -> None:
+    first, second = bundles
+    photos = labelled(second, count=8)
+    sample = keep_photographs(photos)[:4]
+    found = compare(first, second, photos)
+    assert (found.num_images, found.num_for_training, found.num_out_of_fold) == (6, 2, 0)
+
+    # A bundle that was trained on all photos, with and without the answers of its cross-validation: the right
+    # class, another one, and none because its classifiers did not know the class.
+    trained = trained_on(second, tmp_path / "trained", photos)
+    with pytest.raises(DataError):
+        compare(first, trained, photos)
+    origin = read_manifest(trained).origin
+    labels = read_labels(second)
+    hashes = {path: file_hash(path) for path in sample}
+    right = [labels.index(path.parent.name) for path in sample]
+    answers = [right[0], right[1], (right[2] + 1) % len(labels), -1]
+    pairs = tuple(zip(hashes.values(), answers, strict=True))
+    answering = with_manifest(
+        second,
+        tmp_path / "answering",
+        origin=origin.model_copy(update={"out_of_fold": pairs}),
+    )
+    found = compare(second, answering, photos)
+
+    assert (found.num_images, found.num_out_of_fold) == (3, 3)
+    assert (found.first.top1.right, found.second.top1.right) == (3, 2)
+    assert (found.num_trained_on, found.num_for_training) == (5, 0)
+
+
+def test_of_a_partial_record_only_what_no_training_uses_counts(
+    bundles, labelled, tmp_path, monkeypatch
+) -> None:
+    first, second = bundles
+    photos = labelled(second, count=8)
+    sample = keep_photographs(photos)[:4]
+    trained = trained_on(second, tmp_path / "trained", photos)
+    (recorded,) = {file_hash(sample[1])}  # its digits are odd
+    origin = read_manifest(trained).origin.model_copy(update={"sample": (recorded,)})
+    partial = with_manifest(second, tmp_path / "partial", origin=origin)
+    monkeypatch.setattr("sopdeploy_commands.compare.MAX_RECORDED", 1)
+
+    assert compare(first, partial, photos).num_images == 2 + 2
+
+
+@pytest.mark.parametrize("images", [39, 120, 1000])
+def test_a_gain_passes_in_8_of_10_cases(images: int) -> None:
+    """By the binomial distributions of what changes, and of what is a win."""
+    changed = 0.2
+    tolerance = narrow_tolerance(5.0, images) / 100
+    gain = passing_gain(changed, images, tolerance)
+    is_win = (1 + gain / changed) / 2
+    passing = 0.0
+    for wins_and_losses in range(images + 1):
+        share = binom.pmf(wins_and_losses, images, changed)
+        if share < 1e-6:
+            continue
+        for wins in range(wins_and_losses + 1):
+            losses = wins_and_losses - wins
+            if score_statistic(wins, losses, images, -tolerance) >= Z_90:
+                passing += share * binom.pmf(wins, wins_and_losses, is_win)
+
+    assert 0.74 < passing < 0.86
 
 
 def relabelled(bundle: Path, destination: Path, old: str, new: str) -> Path:

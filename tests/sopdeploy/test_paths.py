@@ -10,7 +10,14 @@ import pytest
 from sopdeploy.base.files import GRAPH, LATEST, MANIFEST, POINTER, POINTER_ADVICE, read_text
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import BundleError, SopdeployError
-from sopdeploy.paths import CHECKPOINT_FORMAT, PathKind, Wanted, describe_wrong, what_is
+from sopdeploy.paths import (
+    CHECKPOINT_FORMAT,
+    PathKind,
+    Wanted,
+    describe_near,
+    describe_wrong,
+    what_is,
+)
 from sopdeploy.weights.files import check_is_checkpoint, check_is_weights
 
 KINDS: dict[str, PathKind] = {
@@ -144,3 +151,30 @@ def test_a_bundle_of_pointers_is_not_a_damaged_bundle(tmp_path: Path) -> None:
 
     with pytest.raises(BundleError, match="git lfs pull"):
         open_bundle(tmp_path)
+
+
+# A missing path, and the path that is meant; "" if none is
+NEAR = {
+    "photo": "photos?",
+    "runs/photos-3": "runs/photos-1?",
+    "runs/photos-3/best.pt": "runs/photos-1/best.pt?",
+    "runs/photos-3/last.pt": "",
+    "runs/latest/best.pt": "runs/photos-3, which",
+    "runs/latest": "runs/photos-3, which",
+    "elsewhere/photos-1": "",
+    "https:/x.org/photos": "address",
+}
+
+
+@pytest.mark.parametrize("missing", NEAR)
+def test_what_lies_beside_a_missing_path_is_named(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "runs/photos-1"):
+        Path(folder).mkdir(parents=True)
+    Path("runs/photos-1/best.pt").touch()
+    Path("runs/latest").symlink_to("photos-3")
+
+    said = describe_near(Path(missing))
+    assert (NEAR[missing] in said) == bool(said) == bool(NEAR[missing])

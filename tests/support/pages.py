@@ -35,6 +35,7 @@ ALLOWED = {
         "thead",
     ),
     *("tbody", "tr", "th", "td", "bdi", "code", "ul", "li"),
+    *("svg", "g", "rect", "span", "small", "i"),
 }
 
 

@@ -172,7 +172,7 @@ def _classify_to_csv(
 ) -> Classified:
     """Classify the images of *sources* into the CSV file *out* as `predict` does, without any extra."""
     from sopdeploy_commands.classify.sources import list_sources, read_listed
-    from sopdeploy_commands.predict import FilePrediction, predict_one
+    from sopdeploy_commands.predict import FilePrediction, Network, predict_one
     from sopdeploy_service.http.problems import describe_error
     from sopdeploy_service.inference.loader import load_model
     from sopdeploy_service.inference.results import HttpError
@@ -187,7 +187,8 @@ def _classify_to_csv(
     images = list(list_sources(sources, skipped))
     num_errors = 0
     loaded = load_model(bundle, settings)
-    is_multi_label = loaded.bundle.manifest.rules.is_multi_label
+    network = Network.of_bundle(loaded)
+    is_multi_label = network.rules.is_multi_label
 
     # Rows are written one by one; the file gets its name when all are there.
     with (
@@ -203,7 +204,7 @@ def _classify_to_csv(
         for done, image in enumerate(images, 1):
             try:
                 content = read_listed(image, settings.max_body_bytes + 1)  # enough to refuse it
-                prediction = predict_one(loaded, content, image.path, settings, explain=False)
+                prediction = predict_one(network, content, image.path, settings, explain=False)
             except ImageError as error:
                 failure = describe_error(HttpError.from_image_error(error))
                 prediction = FilePrediction(image=image.path, error=failure)

@@ -105,7 +105,7 @@ async def info(request: Request) -> Response:
         days_before: PredictedShares | None = None
         # Of several processes, each knows only what itself has predicted.
         if not model.decision.is_multi_label and service.num_servers == 1:
-            last_day, days_before = service.metrics.shares.describe(model.name)
+            last_day, days_before = service.metrics.shares.describe(model.name, model.version)
 
         models.append(
             ModelInfo(

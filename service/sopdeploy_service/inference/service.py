@@ -103,7 +103,10 @@ class Service:
         for model in self.registry.models():
             if not model.decision.is_multi_label:
                 self.metrics.create_predictions(
-                    model.name, model.labels, rejects=model.decision.rejection is not None
+                    model.name,
+                    model.version,
+                    model.labels,
+                    rejects=model.decision.rejection is not None,
                 )
         return await asyncio.to_thread(generate_latest, self.metrics.registry)
 
@@ -289,7 +292,7 @@ class Service:
     def count_answer(self, model: Model, answer: Answer) -> None:
         """Count the *answer* of *model*; with several classes per image, none is the most probable one."""
         if not model.decision.is_multi_label:
-            self.metrics.count_prediction(model.name, model.labels, answer)
+            self.metrics.count_prediction(model.name, model.version, model.labels, answer)
 
     async def _predict(
         self,

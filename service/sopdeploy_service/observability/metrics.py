@@ -92,17 +92,19 @@ class Metrics:
         # What was refused, and what the answers were.
         self.rejected = counter("rejected", "Rejected images or requests", ("reason",))
         self.unknown_images = counter(
-            "unknown_images", "Images whose score is below the rejection threshold", ("model",)
+            "unknown_images",
+            "Images whose score is below the rejection threshold",
+            ("model", "digest"),
         )
         self._predictions = counter(
             "predictions",
             f"Images by their most probable class; after the first {MAX_COUNTED_CLASSES} classes: {OTHER}",
-            ("model", "label"),
+            ("model", "digest", "label"),
         )
         self._confidence = histogram(
             "confidence",
             "Probability of the most probable class",
-            ("model",),
+            ("model", "digest"),
             buckets=CONFIDENCE_BUCKETS,
         )
         self.shares = DailyShares()
@@ -202,9 +204,9 @@ class Metrics:
             metric.labels(model_name)
 
     def create_predictions(
-        self, model_name: str, labels: Sequence[str], *, rejects: bool
+        self, model_name: str, digest: str, labels: Sequence[str], *, rejects: bool
     ) -> None:
-        """Create the series of the predictions of a model with *labels*, at 0.
+        """Create the series of the predictions of a model, the bundle *digest* with *labels*, at 0.
 
         Prometheus sees no increase in a series that begins at 1. *rejects* tells whether the model
         may find an image unknown.
@@ -214,22 +216,24 @@ class Metrics:
             *([OTHER] if len(labels) > MAX_COUNTED_CLASSES else []),
         ]
         for label in counted:
-            self._child(self._predictions, model_name, label)
-        self._child(self._confidence, model_name)
+            self._child(self._predictions, model_name, digest, label)
+        self._child(self._confidence, model_name, digest)
         if rejects:
-            self._child(self.unknown_images, model_name)
+            self._child(self.unknown_images, model_name, digest)
 
-    def count_prediction(self, model_name: str, labels: Sequence[str], answer: Answer) -> None:
-        """Count the *answer* of a model with *labels*, one of which every image has, for one image."""
+    def count_prediction(
+        self, model_name: str, digest: str, labels: Sequence[str], answer: Answer
+    ) -> None:
+        """Count the *answer* of a model, the bundle *digest* with *labels*, one of which every image has."""
         index, confidence = answer.ranked[0]
         label = labels[index] if index < MAX_COUNTED_CLASSES else OTHER
-        self._child(self._predictions, model_name, label).inc()
-        self._child(self._confidence, model_name).observe(confidence)
+        self._child(self._predictions, model_name, digest, label).inc()
+        self._child(self._confidence, model_name, digest).observe(confidence)
 
         is_unknown = answer.known is False  # None: the bundle does not tell
         if is_unknown:
-            self._child(self.unknown_images, model_name).inc()
-        self.shares.count(model_name, label, is_unknown=is_unknown)
+            self._child(self.unknown_images, model_name, digest).inc()
+        self.shares.count(model_name, digest, label, is_unknown=is_unknown)
 
     def count_bundle(self, name: str, bundle: Bundle, runtime: str, change: int) -> None:
         """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).

@@ -43,44 +43,50 @@ class Predicted:
 
 
 class DailyShares:
-    """The predictions of each model in each hour; methods run on the event loop."""
+    """The predictions of each bundle in each hour; methods run on the event loop.
+
+    A promoted bundle begins anew: that it predicts other shares than the bundle before is no drift.
+    """
 
     def __init__(self) -> None:
-        self._hours: dict[str, dict[int, Predicted]] = {}  # of each model
+        self._hours: dict[tuple[str, str], dict[int, Predicted]] = {}  # of a model, by digest
         self._told: dict[str, int] = {}  # hour of the last line of each model
 
-    def count(self, model_name: str, label: str, *, is_unknown: bool) -> None:
-        """Count an image of the class *label*."""
+    def count(self, model_name: str, digest: str, label: str, *, is_unknown: bool) -> None:
+        """Count an image of the class *label*, by the bundle *digest* of a model."""
         hour = int(time.time() // 3600)
-        self._tell_when_due(model_name, hour)
-        counted = self._hours.setdefault(model_name, {}).setdefault(hour, Predicted())
+        self._tell_when_due(model_name, digest, hour)
+        counted = self._hours.setdefault((model_name, digest), {}).setdefault(hour, Predicted())
         counted.labels[label] += 1
         counted.num_unknown += is_unknown
 
-    def describe(self, model_name: str) -> tuple[PredictedShares, PredictedShares]:
-        """Return the shares of the last 24 hours, and of the seven days before."""
+    def describe(self, model_name: str, digest: str) -> tuple[PredictedShares, PredictedShares]:
+        """Return the shares of the last 24 hours, and of the seven days before, by the bundle *digest*."""
         now = int(time.time() // 3600)
         last_day = Predicted()
         before = Predicted()
-        for hour, counted in self._hours.get(model_name, {}).items():
+        for hour, counted in self._hours.get((model_name, digest), {}).items():
             if hour > now - DAY:
                 last_day.add(counted)
             elif hour > now - DAY * (1 + DAYS_BEFORE):
                 before.add(counted)
         return last_day.describe(), before.describe()
 
-    def _tell_when_due(self, model_name: str, hour: int) -> None:
+    def _tell_when_due(self, model_name: str, digest: str, hour: int) -> None:
         """Log the shares once a day, and forget hours that are no longer needed."""
         if hour < self._told.setdefault(model_name, hour) + DAY:
             return
 
         self._told[model_name] = hour
-        last_day, before = self.describe(model_name)
+        last_day, before = self.describe(model_name, digest)
         if last_day.num_images:
             log.info("%s: %s", model_name, ", ".join(describe_shares(last_day, before)))
-        hours = self._hours[model_name]
-        for old in [one for one in hours if one <= hour - DAY * (1 + DAYS_BEFORE)]:
-            del hours[old]
+        for key in [key for key in self._hours if key[0] == model_name]:
+            hours = self._hours[key]
+            for old in [one for one in hours if one <= hour - DAY * (1 + DAYS_BEFORE)]:
+                del hours[old]
+            if not hours and key[1] != digest:
+                del self._hours[key]
 
 
 def describe_shares(last_day: PredictedShares, before: PredictedShares) -> Iterator[str]:

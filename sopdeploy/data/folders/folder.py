@@ -10,6 +10,8 @@ from shlex import quote
 
 import numpy as np
 
+from sopdeploy.base.config import shown
+from sopdeploy.base.nearest import did_you_mean
 from sopdeploy.base.project import FolderReading, leads_out, table_folder
 from sopdeploy.data.folders.causes import no_classes_error
 from sopdeploy.data.folders.cells import is_table
@@ -17,6 +19,7 @@ from sopdeploy.data.folders.class_folders import (
     ClassListing,
     describe_class_problems,
     describe_empty_classes,
+    is_pattern,
     list_classes,
 )
 from sopdeploy.data.folders.layout import Layout, find_layout, named_table
@@ -32,9 +35,8 @@ from sopdeploy.data.folders.table_search import list_tables
 from sopdeploy.data.photos.contents import Contents, list_contents
 from sopdeploy.data.photos.file_checks import find_unreadable
 from sopdeploy.data.photos.files import data_folder, naming_all_undecodable
-from sopdeploy.data.photos.kept import decides
 from sopdeploy.data.photos.outputs import list_outputs
-from sopdeploy.data.photos.parts import TRAIN, split_names
+from sopdeploy.data.photos.parts import FOLDERS, PATHS, SUBFOLDERS, TRAIN, split_names
 from sopdeploy.data.photos.photo import ImageFiles, LabeledImages, Split, select_classes
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.signatures import count_suffixes, describe_skipped
@@ -49,9 +51,8 @@ def open_folder(path: Path, classes_from: str = "", leave_out: str = "") -> Spli
     With "", what is not certain is asked about. *leave_out* are names of folders and files that
     are not read, also with `*`, separated by commas.
     If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of
-    class indices. Photos that decide in `compare` are left out (`kept.decides`). Without held-out
-    images, classes of a single image are left out. Raises `DataError`, also for the folder in which a
-    server keeps photos, unless *classes_from* says where their labels are.
+    class indices. Without held-out images, classes of a single image are left out. Raises `DataError`,
+    also for the folder in which a server keeps photos, unless *classes_from* says where their labels are.
     """
     root = data_folder(path)
     opened = open_parts(root, max_held_out=1, classes_from=classes_from, leave_out=leave_out)
@@ -71,7 +72,6 @@ def open_folder(path: Path, classes_from: str = "", leave_out: str = "") -> Spli
             lists={"problems": problems, "readings": opened.commands},
         )
     train, *held_out = opened.parts.values()
-    train = _leave_out_deciding(root, train, notes)
     if held_out:
         return Split(
             train=train,
@@ -96,20 +96,6 @@ def open_folder(path: Path, classes_from: str = "", leave_out: str = "") -> Spli
             "add some"
         )
     return replace(Split.undivided(train, notes), reading=opened.reading)
-
-
-def _leave_out_deciding(root: Path, train: ImageFiles, notes: list[str]) -> ImageFiles:
-    """Leave the photos that decide in `compare` out of *train*; *notes* gets a line with their number."""
-    names = [Path(train.identity(index)).name for index in range(len(train))]
-    decides_N = np.asarray([decides(name) for name in names], np.bool_)
-    if not decides_N.any():
-        return train
-
-    count = amount(int(decides_N.sum()), "photo")
-    notes.append(
-        f"{root}: {count} of a server's sample left out, because they decide in `compare`"
-    )
-    return train.select(~decides_N)
 
 
 def open_parts(
@@ -223,6 +209,13 @@ def _open_class_folders(
     (train_name, training), *others = layout.parts.items()
     train = list_classes(training, layout.classes_from)
     labels = train.images.labels
+    if not labels and is_pattern(layout.classes_from):
+        ways = [FOLDERS, SUBFOLDERS, PATHS, *filter(is_table, layout.contents.files)]
+        hint = did_you_mean(layout.classes_from, ways, f"give {', '.join(ways)} or another one")
+        raise DataError(
+            f"{root}: data.classes_from={shown(layout.classes_from)} is a regular expression that finds nothing "
+            f"in the names of the images; {hint}"
+        )
     if len(labels) < 2:
         raise no_classes_error(
             training if labels or not layout.classes_from else layout.contents

@@ -4,8 +4,9 @@
 was not sure of it or a person reported its prediction. ID is the beginning of the SHA-256 of the file
 that a client sent.
 
-Half of the sample decides which of two bundles is better (`decides`). `train` leaves these photos out,
-and `compare` reads them, so both may be given the same folder.
+The sample decides in `compare` which of two bundles is better. A classifier on a frozen network is trained on
+all of it, because the cross-validation has answered each photo without its fold, and the bundle records
+these answers. Any other training leaves half of the sample out (`decides`).
 """
 
 import hashlib
@@ -64,10 +65,10 @@ def is_kept_as_unsure(name: str) -> bool:
 
 
 def decides(name: str) -> bool:
-    """Tell whether the photo *name* decides in `compare`, so that `train` must not use it.
+    """Tell whether a training that answers no photo out of fold must not use the photo *name*.
 
-    This is true for half of the random sample. The first 32 bits of the ID have put the photo into
-    the sample, so the next 32 bits choose the half.
+    This is true for half of the random sample, which then decides in `compare`. The first 32 bits of the ID
+    have put the photo into the sample, so the next 32 bits choose the half.
     """
     return is_sampled(name) and int(kept_id(name)[8:16], 16) % 2 == 0
 

@@ -13,13 +13,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.base.project import MAX_RECORDED
 from sopdeploy.bundle.decision import Decision, sigmoid
 from sopdeploy.data.photos.file_checks import describe_contradictions
+from sopdeploy.data.photos.kept import is_sampled
 from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.evaluation.decision_fit import (
     explain_missing_threshold,
@@ -61,7 +64,7 @@ from sopdeploy.training.few_shot.state import (
     last_few_shot_record,
     read_few_shot_fit,
 )
-from sopdeploy.training.few_shot.targets import Array, Targets
+from sopdeploy.training.few_shot.targets import Array, Targets, count_groups
 from sopdeploy.training.procedure import LOOP_INSTEAD
 from sopdeploy.training.records.checkpoints import Position, Setup, run_record
 from sopdeploy.training.records.run_folder import RunFolder
@@ -87,13 +90,36 @@ def fit_few_shot(
         fit = read_few_shot_fit(setup, last, folder.last)
         fit = with_decision(setup, fit)
 
-    best = run_record(setup, fit)
+    best = run_record(_record_answers(setup, fit), fit)
     history = fit.position.history
     folder.save_best(best)
     folder.save_history(history)
     if last is None:
         callback.on_epoch_end(history[-1])
     return fit, best.training
+
+
+def _record_answers(setup: Setup, fit: FewShotFit) -> Setup:
+    """Record in the origin of *setup* what the cross-validation of *fit* answered for a server's random sample.
+
+    The classifiers that judge a class whose images are one group have not learned the class. Such an
+    answer is -1, as `Origin` says.
+    """
+    images = setup.data.train
+    sampled = [
+        index
+        for index in range(len(images))
+        if is_sampled(PurePath(images.identity(index)).name)
+    ]
+    if setup.origin is None or images.is_multi_label or not 0 < len(sampled) <= MAX_RECORDED:
+        return setup
+
+    targets = images.targets.astype(np.int64)
+    is_one_group_K = count_groups(Targets.of(images).classes, fit.groups) == 1
+    answers_N = np.where(is_one_group_K[targets], -1, fit.logits.argmax(axis=1))
+    hashes = fit.file_hashes[sampled].tolist()
+    pairs = tuple(sorted(dict(zip(hashes, answers_N[sampled].tolist(), strict=True)).items()))
+    return replace(setup, origin=setup.origin.model_copy(update={"out_of_fold": pairs}))
 
 
 def fit_new(setup: Setup, callback: Callback) -> FewShotFit:

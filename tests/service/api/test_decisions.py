@@ -57,12 +57,14 @@ def test_an_image_is_known_if_its_score_reaches_the_threshold(
         with Client(str(client.base_url)) as typed:
             answers = [typed.classify(picture) for picture in pictures]
         metrics = client.get("/metrics").text
+        (model,) = client.get("/info").json()["models"]
 
     expected = [(one > np.mean(scores), pytest.approx(one)) for one in scores]
     assert [(one["known"], one["score"]) for one in found] == expected
     assert [(one["known"], one["score"]) for one in several] == expected
     assert [(one.known, one.score) for one in answers] == expected
-    assert 'sopdeploy_unknown_images_total{model="tiny"} 3.0' in metrics
+    series = f'sopdeploy_unknown_images_total{{digest="{model["id"]}",model="tiny"}}'
+    assert f"{series} 3.0" in metrics
 
 
 def test_a_bundle_without_threshold_answers_without_known_and_score(

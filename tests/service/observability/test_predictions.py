@@ -47,9 +47,10 @@ def test_predictions_of_v1_and_v2_are_counted_alike(
     assert not {"last_day", "days_before"} & set(of_several)
 
     found = counts(page, "sopdeploy_predictions_total")
-    assert found[f'label="{label}",model="tiny"'] >= 1
+    digest = model["id"]
+    assert found[f'digest="{digest}",label="{label}",model="tiny"'] >= 1
     assert sum(found.values()) == 2
-    assert counts(page, "sopdeploy_confidence_count") == {'model="tiny"': 2}
+    assert counts(page, "sopdeploy_confidence_count") == {f'digest="{digest}",model="tiny"': 2}
 
     num_unknown = 2 if threshold > 0 else 0
     assert sum(counts(page, "sopdeploy_unknown_images_total").values()) == num_unknown
@@ -71,16 +72,16 @@ def test_several_classes_per_image_are_not_counted(bundle, onnx_runtime, jpeg) -
 def test_the_number_of_series_is_bounded() -> None:
     labels = [f"class {number}" for number in range(1_000)]
     metrics = Metrics()
-    metrics.create_predictions("m", labels, rejects=False)
+    metrics.create_predictions("m", "one", labels, rejects=False)
     for index in (0, MAX_COUNTED_CLASSES - 1, MAX_COUNTED_CLASSES, 999):
-        metrics.count_prediction("m", labels, Answer(ranked=((index, 0.7),)))
+        metrics.count_prediction("m", "one", labels, Answer(ranked=((index, 0.7),)))
     page = generate_latest(metrics.registry).decode()
 
     assert page.count("sopdeploy_predictions_total{") == MAX_COUNTED_CLASSES + 1
     assert counts(page, "sopdeploy_predictions_total") == {
-        'label="class 0",model="m"': 1,
-        f'label="class {MAX_COUNTED_CLASSES - 1}",model="m"': 1,
-        f'label="{OTHER}",model="m"': 2,
+        'digest="one",label="class 0",model="m"': 1,
+        f'digest="one",label="class {MAX_COUNTED_CLASSES - 1}",model="m"': 1,
+        f'digest="one",label="{OTHER}",model="m"': 2,
     }
 
 
@@ -98,9 +99,9 @@ def test_a_day_is_told_once_beside_the_days_before(
         for number in range(10):
             is_new = hour >= 24 * 9
             label = "shoe" if is_new else "hat"
-            shares.count("m", label, is_unknown=is_new or number == 0)
+            shares.count("m", "one", label, is_unknown=is_new or number == 0)
 
-    last_day, before = shares.describe("m")
+    last_day, before = shares.describe("m", "one")
     assert last_day.num_images == 240
     assert last_day.labels == {"shoe": 1}
     assert last_day.unknown == 1
@@ -108,8 +109,14 @@ def test_a_day_is_told_once_beside_the_days_before(
     assert before.labels == {"hat": 1}
     assert before.unknown == 0.1
     assert len(caplog.records) == 9
-    assert len(shares._hours["m"]) <= 24 * 9  # of the last line; nothing grows without end
+    assert (
+        len(shares._hours["m", "one"]) <= 24 * 9
+    )  # of the last line; nothing grows without end
 
     now[0] += 24 * HOUR
-    assert [one.num_images for one in shares.describe("m")] == [0, 24 * 70]
-    assert [one.num_images for one in shares.describe("unused")] == [0, 0]
+    assert [one.num_images for one in shares.describe("m", "one")] == [0, 24 * 70]
+    assert [one.num_images for one in shares.describe("unused", "one")] == [0, 0]
+
+    # A promoted bundle is not compared with the one before.
+    shares.count("m", "two", "boot", is_unknown=False)
+    assert [one.num_images for one in shares.describe("m", "two")] == [1, 0]

@@ -1,6 +1,7 @@
 """The page about a run: self-contained, escaped, and equal to the recorded metrics."""
 
 import base64
+import csv
 import io
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.metrics import ImageScore, Rate
 from sopdeploy.html.plots import plot
 from sopdeploy.report.page import _choose_mistakes
-from sopdeploy.training.records.results import LoopResult, describe_for_page
+from sopdeploy.training.records.results import LoopResult, describe_for_page, read_result
 from sopdeploy.training.settings.recipe import Recipe, read_recipe
 from sopdeploy.weights.checkpoint import read_checkpoint
 from tests.sopdeploy.training.runs import short_recipe, train_with_page
@@ -84,7 +85,7 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(
     assert not re.search(r">\d+\.\d+<", curves.partition('id="matplotlib.axis_2"')[0]), (
         "half an epoch"
     )
-    assert '<td class="number zero"><bdi>0</bdi></td>' in page
+    assert '<td class="number zero"><span class="zero" aria-label="0">·</span></td>' in page
 
     photographs = [
         found for name, found in Reader(page).met if "predicted as" in (found.get("alt") or "")
@@ -96,13 +97,12 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(
     )
     assert (image.format, max(image.size) <= 128) == ("JPEG", True)
 
-    pairs = [
-        tuple(re.findall(r"(?:^|predicted as )(\w+) \(", found["alt"] or ""))
+    said = [
+        re.findall(r"^predicted as (\w+) with (\d+)\s%, (\w+) \d+\s%", found["alt"] or "")
         for found in photographs
     ]
-    confidences = [
-        float(re.findall(r"\(([\d.]+)", found["alt"] or "")[1]) for found in photographs
-    ]
+    pairs = [(true, predicted) for [(predicted, _, true)] in said]
+    confidences = [float(confidence) for [(_, confidence, _)] in said]
     # Each pair is together
     best = [confidences[pairs.index(pair)] for pair in dict.fromkeys(pairs)]
 
@@ -116,6 +116,27 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(
     anchors = re.findall('<figure id="(mistake-[0-9]+-[0-9]+)">', page)
     assert len(anchors) == len(dict.fromkeys(pairs)) == len(set(links)) > 1
     assert set(links) == set(anchors)
+
+
+def test_the_predictions_of_all_images_are_a_table(run: Path) -> None:
+    with (run / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    result = read_result(read_checkpoint(run / "best.pt").training)
+    assert isinstance(result, LoopResult)
+    right = sum(row["label"] == row["predicted"] for row in rows)
+
+    assert (right, len(rows)) == (result.top1.right, result.count)
+    assert all(
+        (row["confidence"] == row["likelihood"]) >= (row["label"] == row["predicted"])
+        for row in rows
+    )
+
+
+def test_classes_are_shown_with_samples_the_lowest_recall_first(page: str) -> None:
+    shown = re.findall(r"<small>\d+ images?, recall (\d+)\s%</small>", page)
+    assert len(shown) == 10
+    assert list(map(int, shown)) == sorted(map(int, shown))
+    assert page.count('<span class="photos">') == 10
 
 
 def test_a_resumed_run_writes_an_equal_page(run: Path, page: str, few_digits: None) -> None:

@@ -170,6 +170,9 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     page = Path("runs/index.html").read_text(encoding="utf-8")
     for text in ("photos-1", "lights-1", new.name, "newest", "2026-01-02 10:00"):
         assert text in page
+    pages = re.findall('<a href="([^"]+)">', page)
+    assert pages
+    assert all((Path("runs") / link).is_file() for link in pages)
 
 
 @pytest.mark.slow

@@ -14,7 +14,10 @@ from sopdeploy.data.photos.kept import (
     is_sampled,
     kept_id,
 )
+from sopdeploy.data.photos.photo import Split
 from sopdeploy.errors import DataError
+from sopdeploy.training.division import leave_out_deciding
+from sopdeploy.training.settings.recipe import read_recipe
 from tests.support.small_data import jpeg
 
 ID = "0123456701234567" + "8" * 16  # its second eight digits are odd
@@ -52,19 +55,32 @@ def write_photos(root: Path, label: str, names: list[str]) -> None:
         )
 
 
-def test_a_folder_trains_on_all_photos_but_those_that_decide(tmp_path: Path) -> None:
+def test_a_classifier_trains_on_the_whole_sample_and_a_loop_on_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = [f"{EVEN}-sample.jpg", f"{ID}-sample.jpg", f"{ID[::-1]}.jpg"]
     write_photos(tmp_path, "cat", ["1.jpg", "2.jpg", *kept])
-    write_photos(tmp_path, "dog", ["1.jpg", "2.jpg"])
+    # Of a class that would have one photo, none is left out.
+    write_photos(tmp_path, "dog", ["1.jpg", f"{EVEN}-sample.png"])
     # What a server writes beside a photo may move with it.
     task = {"data": {"image": f"/data/local-files/?d=kept/cat/{ID}-sample.jpg"}}
     (tmp_path / "cat" / f"{ID}-sample.json").write_text(json.dumps(task))
 
-    split = open_folder(tmp_path)
-    names = {Path(split.train.identity(index)).name for index in range(len(split.train))}
-    assert names == {"1.jpg", "2.jpg", *kept[1:]}
-    [note] = split.notes  # none says that the record is not an image
-    assert "decide in `compare`" in note
+    opened = open_folder(tmp_path)
+    few_shot = read_recipe("photos", ["procedure.kind=few_shot"])
+    loop = read_recipe("photos", ["procedure.kind=loop"])
+    all_names = {"1.jpg", "2.jpg", *kept, f"{EVEN}-sample.png"}
+    assert not opened.notes  # none says that the record is not an image
+    assert names_of(leave_out_deciding(few_shot, opened)) == all_names
+    assert names_of(leave_out_deciding(loop, opened)) == all_names - {kept[0]}
+
+    # A bundle could not record the answers for more.
+    monkeypatch.setattr("sopdeploy.training.division.MAX_RECORDED", 2)
+    assert names_of(leave_out_deciding(few_shot, opened)) == all_names - {kept[0]}
+
+
+def names_of(split: Split) -> set[str]:
+    return {Path(split.train.identity(index)).name for index in range(len(split.train))}
 
 
 def test_the_folder_of_a_server_is_not_training_data_without_labels(tmp_path: Path) -> None:
