@@ -89,10 +89,13 @@ def find_rules(
 
     # The square, by a wide and a tall photo; then how it is resized, by a large one.
     found: dict[str, Any] = best(_squares(rules_with(), levels), WIDE, TALL)
-    found |= best(_filters(found), WIDE, LARGE)
+    found |= best(
+        _filters({**rules_with().model_dump(include={"antialias", "interpolation"}), **found}),
+        WIDE,
+        LARGE,
+    )
     if not difference(rules_with(**found), WIDE).is_rounding and "crop" in found["fit"]:
         found |= best(_sizes(found, side, difference, rules_with), WIDE)
-        found |= best(_filters(found), WIDE, LARGE)
 
     # Whether it turns a photo by EXIF.
     if takes_files:
@@ -115,7 +118,8 @@ def _squares(start: Preprocess, levels: Levels) -> Iterator[dict[str, Any]]:
 
 
 def _filters(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the ways to resize, with what was *found* before."""
+    """Yield the ways to resize, with what was *found* before; the way in *found* comes first."""
+    yield {**found}
     for antialias in (True, False):
         for interpolation in ("bilinear", "bicubic"):
             yield {**found, "antialias": antialias, "interpolation": interpolation}
@@ -127,13 +131,17 @@ def _sizes(
     difference: Callable[..., Difference],
     rules_with: Callable[..., Preprocess],
 ) -> Iterator[dict[str, Any]]:
-    """Yield unusual sizes before the crop: the nearest of every eighth one, and those beside it."""
+    """Yield unusual sizes before the crop, with each way to resize: near the best of every eighth size.
+
+    Sizes a pixel apart differ by less than two ways to resize, so neither can be found without the other.
+    """
     sizes = range(side, int(_WIDEST * side) + 1, _STEP)
     nearest = min(
         sizes, key=lambda size: difference(rules_with(**{**found, "resize": size}), WIDE)
     )
-    for size in range(max(side, nearest - _STEP), nearest + _STEP + 1):
-        yield {**found, "resize": size}
+    beside = range(max(side, nearest - _STEP), nearest + _STEP + 1)
+    for size in sorted(beside, key=lambda size: abs(size - nearest)):
+        yield from _filters({**found, "resize": size})
 
 
 def describe_differences(own: Preprocess, rules: Preprocess) -> tuple[str, ...]:
