@@ -31,6 +31,7 @@ _RATIOS = (
 )
 _WIDEST = 1.5
 _STEP = 8
+_UNDIVIDED = 2 / 255  # a smaller standard deviation is one of values from 0 to 255
 _FITS = {
     "crop": "crops the center after the shorter side became {resize} pixels",
     "squash": "squashes images to a square",
@@ -155,7 +156,7 @@ def describe_differences(own: Preprocess, rules: Preprocess) -> tuple[str, ...]:
             theirs, ours = getattr(own, name), getattr(rules, name)
             if not np.allclose(theirs, ours, rtol=1e-3, atol=1e-3):
                 sentences.append(
-                    f"has the {title} {_values(theirs)}, these rules {_values(ours)}"
+                    f"has the {title} {_colors(name, theirs)}, these rules {_colors(name, ours)}"
                 )
     if own.color_order != rules.color_order:
         sentences.append(f"gives {own.color_order}, these rules {rules.color_order}")
@@ -189,6 +190,12 @@ def describe_differences(own: Preprocess, rules: Preprocess) -> tuple[str, ...]:
             else "does not turn images by EXIF, these rules do"
         )
     return tuple(sentences)
+
+
+def _colors(field: str, values: tuple[float, ...]) -> str:
+    """Write *values* of a *field* for pixels from 0 to 1, and whether they are for pixels from 0 to 255 instead."""
+    is_divided = field != "std" or max(values) > _UNDIVIDED
+    return _values(values) + ("" if is_divided else " (values are not divided by 255)")
 
 
 def _values(values: tuple[float, ...]) -> str:
