@@ -9,10 +9,12 @@ import pydantic
 
 from sopdeploy.base.config import Options
 from sopdeploy.bundle.decision import ACCEPTS, Decision
-from sopdeploy.bundle.folder import follow_link
+from sopdeploy.bundle.folder import follow_link, read_manifest
+from sopdeploy.bundle.publication import check_can_be_fitted, publish_decision
 from sopdeploy.cli.command import command, expand_options
-from sopdeploy.cli.console import err, plain_text, print_table, say
+from sopdeploy.cli.console import err, plain_text, print_field, print_table, say
 from sopdeploy.data.photos.files import data_folder
+from sopdeploy.data.photos.outputs import check_takes_output
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.exchanged import describe_exchanged
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore
@@ -33,8 +35,8 @@ class EvaluateOptions(Options):
     runtime: str | None = None
     """Runtime of a bundle, as for `serve`; tensorrt uses the engine."""
     fit_decision: Path | None = None
-    """Fit temperature and threshold for unknown images of a checkpoint to these images, and write a copy with
-    them to this file; for several classes per image, a threshold per class."""
+    """Fit temperature and threshold for unknown images to these images, and write a copy with them: of a
+    checkpoint to this file, of a bundle into this folder; for several classes per image, a threshold per class."""
     accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = ACCEPTS
     """Fraction of images of known classes to accept as known, with the fitted threshold; 1 rejects none."""
     mirror: bool = False
@@ -60,6 +62,7 @@ class Evaluation:
             of the checkpoint before.
         mirror: Whether the mean logits of each image and its mirror image were scored.
         notes: Lines about the images that are not as expected, such as classes without images.
+        fitted: The copy of *source* that has this decision.
     """
 
     source: str
@@ -71,12 +74,16 @@ class Evaluation:
     decision: Decision | None = None
     mirror: bool = False
     notes: tuple[str, ...] = ()
+    fitted: Path | None = None
 
     def summary(self) -> dict[str, object]:
         """Return the output of `sopdeploy eval --json`."""
         fitted = {}
         if self.decision is not None:
-            fitted = {"decision": self.decision.model_dump(mode="json")}
+            fitted = {
+                "decision": self.decision.model_dump(mode="json"),
+                "fitted": str(self.fitted),
+            }
         return {
             "source": self.source,
             "kind": self.kind,
@@ -107,6 +114,7 @@ def _show(evaluation: Evaluation) -> None:
             print_table(table.columns, (map(str, row) for row in table.rows[:_MAX_ROWS]))
     if evaluation.decision is not None:
         say(*(f"{name}: {text}" for name, text in evaluation.decision.rows()))
+        print_field("written", str(evaluation.fitted), style="bold green")
 
 
 @command(
@@ -116,6 +124,7 @@ def _show(evaluation: Evaluation) -> None:
     examples=(
         "sopdeploy eval runs/latest/best.pt --data test-photos",
         "sopdeploy eval ckpt.pt --data test-photos --fit-decision fitted.pt",
+        "sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos --fit-decision bundles",
         "sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos --set mirror=true",
     ),
 )
@@ -134,9 +143,9 @@ def evaluate(
     of accepted images. A network with several classes per image needs a folder with
     `labels.csv`. Its metrics are mAP, and F1 of each class at the threshold of the class.
 
-    --fit-decision writes a copy of the checkpoint with a temperature and a threshold that are fitted
-    to these images. Use it for imported checkpoints, and if new images differ from the validation
-    images. The printed metrics are measured before the fit.
+    --fit-decision writes a copy of the checkpoint or bundle with a temperature and a threshold that are
+    fitted to these images. Use it for imported checkpoints, for your own networks, and if new images differ
+    from the validation images. The printed metrics are measured before the fit.
 
     Args:
         source: A checkpoint or a bundle.
@@ -168,30 +177,33 @@ def evaluate(
 
     notes: list[str] = []
     facts: dict[str, str] = {}  # stays empty for a checkpoint
-    fitted_decision = None  # stays None for a bundle, and without `fit_decision`
+    fitted = options.fit_decision
+    accepts = None if fitted is None else options.accepts
     shared: Any = {"mirror": options.mirror, "on_image": on_image, "log": notes.append}
 
     # A bundle is scored in its runtime as it serves, a checkpoint in torch.
     if kind == "bundle":
+        from sopdeploy.bundle.folder import open_bundle
         from sopdeploy_commands.scores import scores_of_bundle
         from sopdeploy_service.settings import load_settings
 
         settings = load_settings(runtime=options.runtime)
-        labels, scores, facts = scores_of_bundle(path, data, settings=settings, **shared)
+        labels, scores, facts, decision = scores_of_bundle(
+            path, data, settings=settings, accepts=accepts, **shared
+        )
+        if fitted is not None and decision is not None:
+            fitted = publish_decision(open_bundle(path), decision, fitted)
     else:
         check_is_checkpoint(path)
         data_folder(data)
         from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
         from sopdeploy.weights.checkpoint import write_checkpoint
 
-        accepts = None if options.fit_decision is None else options.accepts
-        checkpoint, labels, scores, fitted_decision = score_checkpoint(
+        checkpoint, labels, scores, decision = score_checkpoint(
             path, data, accepts=accepts, workers=options.workers, **shared
         )
-        if options.fit_decision is not None:
-            write_checkpoint(
-                options.fit_decision, replace(checkpoint, decision=fitted_decision)
-            )
+        if fitted is not None:
+            write_checkpoint(fitted, replace(checkpoint, decision=decision))
 
     metrics = measure_predictions(scores, labels)
     if isinstance(metrics, ClassificationReport):
@@ -205,9 +217,10 @@ def evaluate(
         labels=labels,
         # Only with one class per image, this is a list.
         scores=tuple(scores) if isinstance(scores, list) else scores,
-        decision=fitted_decision,
+        decision=decision,
         mirror=options.mirror,
         notes=tuple(notes),
+        fitted=fitted,
     )
 
 
@@ -216,16 +229,18 @@ def _check_options(source: Path, kind: str, options: EvaluateOptions) -> None:
 
     It is also raised for a decision that would be fitted to the means with mirror images.
     """
-    for setting, needed in (("runtime", "bundle"), ("fit_decision", "checkpoint")):
-        if getattr(options, setting) and kind != needed:
-            raise ConfigError(
-                f"works only with a {needed}, but this is a {kind}; omit it", setting=setting
-            )
+    if options.runtime and kind != "bundle":
+        raise ConfigError(
+            f"works only with a bundle, but this is a {kind}; omit it", setting="runtime"
+        )
 
     fitted = options.fit_decision
     if fitted is not None and options.mirror:
         message = "is for servers, which do not add the mirror image; omit mirror"
         raise ConfigError(message, setting="fit_decision")
     if fitted is not None and fitted.exists() and source.exists() and fitted.samefile(source):
-        message = "is the evaluated checkpoint; give another file"
+        message = f"is the evaluated {kind}; give another place"
         raise ConfigError(message, setting="fit_decision", value=fitted)
+    if fitted is not None and kind == "bundle":
+        check_takes_output(fitted, "fit_decision")
+        check_can_be_fitted(read_manifest(source))

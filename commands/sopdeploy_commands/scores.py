@@ -6,17 +6,19 @@ Images run one by one, as in `predict`, so that a prediction does not depend on 
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.base.project import AS_IT_IS, MAX_RECORDED
-from sopdeploy.bundle.decision import have_answers
+from sopdeploy.bundle.decision import Decision, have_answers
 from sopdeploy.data.folders.evaluation_images import open_evaluation_images
 from sopdeploy.data.photos.file_checks import describe_seen
 from sopdeploy.data.photos.files import Log
 from sopdeploy.data.photos.photo import ImageFiles
 from sopdeploy.errors import DataError, ImageError
+from sopdeploy.evaluation.decision_fit import check_are_enough, fit_to_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.images.decode import decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
@@ -24,21 +26,33 @@ from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import Settings, load_settings
 
 
+class BundleScores(NamedTuple):
+    """The predictions of a bundle with the sorted `labels` they refer to, and the fitted decision, if any.
+
+    `facts` are the names of bundle, runtime and device.
+    """
+
+    labels: tuple[str, ...]
+    predictions: Predictions
+    facts: dict[str, str]
+    decision: Decision | None
+
+
 def scores_of_bundle(
     path: Path,
     data: Path,
     *,
     settings: Settings | None = None,
+    accepts: float | None = None,
     mirror: bool = False,
     on_image: Callable[[int, int], None],
     log: Log = lambda _line: None,
-) -> tuple[tuple[str, ...], Predictions, dict[str, str]]:
+) -> BundleScores:
     """Score the bundle at *path* on the images below *data*, one subfolder per class or `labels.csv`.
 
-    Returns the sorted class names, one score per image (all predictions of a multi-label
-    network), and the names of bundle, runtime and device. *log* receives lines about the
-    folder. Raises `DataError` for folders that are not classes of the network and for images that
-    cannot be decoded within the limits of *settings*.
+    With *accepts*, a decision is fitted to these images, as by `score_checkpoint`. *log* receives lines
+    about the folder. Raises `DataError` for folders that are not classes of the network, for images that
+    cannot be decoded within the limits of *settings*, and for too few images to fit to.
     """
     settings = settings or load_settings()
     loaded = load_model(path, settings)
@@ -60,6 +74,9 @@ def scores_of_bundle(
         reading=AS_IT_IS if origin is None else origin.reading,
         log=log,
     )
+
+    if accepts is not None and not multi_label:
+        check_are_enough(images)
 
     # Photographs that trained the network make its scores too good. A full record has the hashes
     # of some training images only.
@@ -83,7 +100,17 @@ def scores_of_bundle(
         "runtime": loaded.runtime.name,
         "device": loaded.runtime.device,
     }
-    return sorted_labels, make_predictions(logits, images, labels, decision), facts
+    fitted = None
+    if accepts is not None:
+        fitted = fit_to_images(
+            logits.astype(np.float64),
+            images,
+            labels,
+            accepts=accepts,
+            is_multi_label=multi_label,
+        )
+    predictions = make_predictions(logits, images, labels, decision)
+    return BundleScores(sorted_labels, predictions, facts, fitted)
 
 
 def outputs_of_images(

@@ -14,18 +14,17 @@ def triton(bundle: Path, repository: Path) -> None:
     """Write a bundle into a Triton model repository: config, labels, warm-up and graph.
 
     Args:
-        bundle: A bundle written by `sopdeploy export`.
+        bundle: A bundle written by `sopdeploy export`, or a model.onnx of one that has left its bundle.
         repository: Triton model repository; created if it is missing.
     """
     from sopdeploy.bundle.folder import open_bundle
-    from sopdeploy_export.triton import write_triton
+    from sopdeploy_export.triton import Model, write_triton
 
     check_takes_output(repository, None)
     if is_output(repository):
         raise ConfigError(f"{repository}: holds runs or bundles; choose another folder")
-    opened_bundle = open_bundle(bundle)
-    written = write_triton(opened_bundle, repository)
-    print_field(
-        "model", f"{written.name}, batches of 1 to {opened_bundle.manifest.batch.maximum}"
-    )
+    is_graph = bundle.suffix == ".onnx" and bundle.is_file()
+    model = Model.of_file(bundle) if is_graph else Model.of_bundle(open_bundle(bundle))
+    written = write_triton(model, repository)
+    print_field("model", f"{written.name}, batches of 1 to {model.batch.maximum}")
     print_field("written", str(written), style="bold green")

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from sopdeploy.base.config import parse_json
 from sopdeploy.base.file_systems import flush, set_mode
 from sopdeploy.base.files import (
     FULL_ERRNOS,
@@ -23,9 +24,14 @@ from sopdeploy.base.files import (
     temporary_folder,
     writing,
 )
-from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, open_bundle
+from sopdeploy.base.project import utc_now
+from sopdeploy.bundle.decision import Decision
+from sopdeploy.bundle.folder import CARD, SIGNATURE_SUFFIX, Bundle, open_bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest, to_json
-from sopdeploy.errors import BundleError
+from sopdeploy.errors import BundleError, ConfigError
+
+_CARD_END = "\n## Proof and measurements\n"  # of the section of a model card about the training
+_SEALED = ("sha256", "contents")  # fields of a certificate that `seal` writes
 
 
 @contextmanager
@@ -112,6 +118,41 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
 
     link_latest(target)
     return target
+
+
+def check_can_be_fitted(manifest: Manifest) -> None:
+    """Raise `ConfigError` for a bundle whose classifier was divided by a temperature, which only a checkpoint has."""
+    if manifest.rules.temperature != 1 and not manifest.rules.divides_logits:
+        raise ConfigError(
+            "this bundle has the temperature of its training; fit the checkpoint, and export that",
+            setting="fit_decision",
+        )
+
+
+def publish_decision(bundle: Bundle, decision: Decision, destination: Path) -> Path:
+    """Write a copy of *bundle*, as `open_bundle` read it, that decides by *decision*; return its path.
+
+    The graph is the same, so the decision divides its logits by the temperature. The model card gets lines
+    about it. Raises the errors of `check_can_be_fitted` and of `publish`.
+    """
+    manifest = bundle.manifest
+    check_can_be_fitted(manifest)
+    fields = {name: getattr(manifest, name) for name in type(manifest).model_fields}
+    del fields["files"]
+    fields |= {"decision": decision.for_trained_logits(), "exported_at": utc_now()}
+    certificate = parse_json(bundle.contents[CERTIFICATE])
+    for key in _SEALED:
+        del certificate[key]
+
+    with staging(destination) as folder:
+        for name in manifest.files.keys() - {CERTIFICATE, CARD}:
+            with (folder / name).open("wb") as file:
+                file.writelines(bundle.blocks(name))
+        if CARD in bundle.contents:
+            lines = "".join(f"- {key}: {text}\n" for key, text in decision.rows())
+            front, end, rest = bundle.contents[CARD].decode().partition(_CARD_END)
+            (folder / CARD).write_text(f"{front}{lines}{end}{rest}", encoding="utf-8")
+        return publish(folder, seal(folder, fields, certificate), destination)
 
 
 def _give_final_name(folder: Path, manifest: Manifest, target: Path) -> Manifest:

@@ -7,18 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pydantic
 import torch
 
 from sopdeploy.base.project import AS_IT_IS, FolderReading
-from sopdeploy.bundle.decision import Decision, sigmoid
+from sopdeploy.bundle.decision import Decision
 from sopdeploy.data.folders.evaluation_images import open_evaluation_images
 from sopdeploy.data.photos.file_checks import describe_seen
 from sopdeploy.data.photos.files import Log
-from sopdeploy.data.photos.photo import LabeledImages
-from sopdeploy.errors import DataError, amount
-from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, fit_thresholds
+from sopdeploy.evaluation.decision_fit import check_are_enough, fit_to_images
 from sopdeploy.evaluation.prediction import as_evaluated, score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.weights.checkpoint import Checkpoint, build_classifier, read_checkpoint
@@ -68,7 +65,7 @@ def score_checkpoint(
     )
 
     if accepts is not None and not is_multi_label:
-        _check_are_enough(images)
+        check_are_enough(images)
     if warning := describe_seen(images, checkpoint.image_hashes.numpy()):
         log(f"{data}: {warning}")
 
@@ -89,34 +86,16 @@ def score_checkpoint(
 
     # A decision for these photographs, if one is asked for.
     fitted = None
-    if accepts is not None and is_multi_label:  # without rejection: the fraction is not used
-        thresholds = fit_thresholds(images.targets, sigmoid(logits_NC))
-        fitted = Decision(activation="sigmoid", thresholds=thresholds)
-    elif accepts is not None:
-        output_of_class = np.array([checkpoint.labels.index(label) for label in images.labels])
-        fitted = fit_decision(
+    if accepts is not None:
+        fitted = fit_to_images(
             logits_NC,
-            output_of_class[images.targets.astype(np.int64)],
-            estimated_on="held-out",
+            images,
+            checkpoint.labels,
             accepts=accepts,
+            is_multi_label=is_multi_label,
             scalable=model.has_scalable_logits(),
-            groups=images.groups,
         )
     return CheckpointScores(checkpoint, images.labels, predictions, fitted)
-
-
-def _check_are_enough(images: LabeledImages) -> None:
-    """Raise `DataError` for fewer than `MIN_IMAGES`, one of each group: their decision would be chance."""
-    count = len(images)
-    noun = "image"
-    if images.groups is not None:  # one image of each counts, as in a run
-        count = len(np.unique(images.groups))
-        noun = "different image"
-
-    if count < MIN_IMAGES:
-        raise DataError(
-            f"only {amount(count, noun)}; give at least {MIN_IMAGES}", setting="fit_decision"
-        )
 
 
 def _how_images_were_read(checkpoint: Checkpoint) -> FolderReading:

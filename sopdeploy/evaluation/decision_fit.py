@@ -13,6 +13,7 @@ Letters: N images, M images of no class, C outputs, K classes that images show.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,10 @@ from sopdeploy.bundle.decision import (
     Estimate,
     Rejection,
     log_sum_exp,
+    sigmoid,
 )
+from sopdeploy.data.photos.photo import LabeledImages
+from sopdeploy.errors import DataError, amount
 from sopdeploy.evaluation.known_threshold import choose_threshold
 from sopdeploy.evaluation.metrics import Rate, log_loss, wilson
 from sopdeploy.evaluation.statistics import LEVEL
@@ -113,6 +117,49 @@ def fit_decision(
         )
 
     return Decision(calibration=calibration, rejection=rejection)
+
+
+def fit_to_images(
+    logits: Logits,
+    images: LabeledImages,
+    labels: Sequence[str],
+    *,
+    accepts: float,
+    is_multi_label: bool,
+    scalable: bool = True,
+) -> Decision:
+    """Fit a decision to the *logits* (N, C) of *images*; the classes of the logits are *labels*.
+
+    Of photos that show one object, the first counts. With several classes per image, each class gets a
+    threshold, and *accepts* is not used. The other arguments are those of `fit_decision`.
+    """
+    if is_multi_label:
+        thresholds = fit_thresholds(images.targets, sigmoid(logits))
+        return Decision(activation="sigmoid", thresholds=thresholds)
+
+    output_of_class = np.array([labels.index(label) for label in images.labels])
+    return fit_decision(
+        logits,
+        output_of_class[images.targets.astype(np.int64)],
+        estimated_on="held-out",
+        accepts=accepts,
+        scalable=scalable,
+        groups=images.groups,
+    )
+
+
+def check_are_enough(images: LabeledImages) -> None:
+    """Raise `DataError` for fewer than `MIN_IMAGES`, one of each group: their decision would be chance."""
+    count = len(images)
+    noun = "image"
+    if images.groups is not None:  # one image of each counts, as in a run
+        count = len(np.unique(images.groups))
+        noun = "different image"
+
+    if count < MIN_IMAGES:
+        raise DataError(
+            f"only {amount(count, noun)}; give at least {MIN_IMAGES}", setting="fit_decision"
+        )
 
 
 def least_images(*, are_cosines: bool) -> int:

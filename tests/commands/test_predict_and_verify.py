@@ -249,7 +249,7 @@ def folder(tmp_path):
 
 def test_a_bundle_and_predict_agree_exactly(bundle_path, folder) -> None:
     progress: list[tuple[int, int]] = []
-    labels, scores, facts = scores_of_bundle(
+    labels, scores, facts, _ = scores_of_bundle(
         bundle_path, folder, settings=ONE_THREAD, on_image=lambda *done: progress.append(done)
     )
 
@@ -282,7 +282,7 @@ def test_a_bundle_reads_a_folder_as_its_run_did(bundle_path, folder, tmp_path) -
     for path in folder.glob("???/*.*"):
         path.rename(tmp_path / "photos" / f"{path.parent.name}{path.name}")
 
-    labels, scores, _ = scores_of_bundle(
+    labels, scores, *_ = scores_of_bundle(
         bundle, tmp_path / "photos", settings=ONE_THREAD, on_image=lambda *_: None
     )
 
@@ -299,7 +299,7 @@ def test_mirrored_scores_of_a_bundle_are_those_of_the_mean_logits(
         path.with_name("0.jpeg").unlink()
     loaded = replace(load_model(bundle_path, ONE_THREAD), runtime=FakeRuntime(num_classes=7))
     monkeypatch.setattr(evaluate, "load_model", lambda *_: loaded)
-    labels, scores, _ = scores_of_bundle(
+    labels, scores, *_ = scores_of_bundle(
         bundle_path, folder, settings=ONE_THREAD, mirror=True, on_image=lambda *_: None
     )
     paths = [path for label in labels for path in sorted((folder / label).iterdir())]
@@ -323,7 +323,7 @@ def test_what_is_wrong_with_a_folder_is_named(bundle_path, folder) -> None:
     for path in (folder / "fox").iterdir():
         path.unlink()
     shutil.rmtree(folder / "gnu")
-    labels, scores, _ = score()
+    labels, scores, *_ = score()
     [note] = notes
     assert note.startswith(f"{folder}: ")
     assert note.endswith(": fox, gnu")

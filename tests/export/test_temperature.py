@@ -193,7 +193,7 @@ def served(path: Path, photos: Path) -> Iterator[Values]:
 
 
 def evaluated(path: Path, photos: Path) -> Iterator[Values]:
-    _, scores, _ = scores_of_bundle(
+    _, scores, *_ = scores_of_bundle(
         path, photos, settings=SETTINGS, on_image=lambda *_: None, mirror=True
     )
     for score in scores:

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from google.protobuf import text_format
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.decision import Calibration, Decision
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.graph_properties import GraphProperties
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import BundleError
 from sopdeploy_commands.app import app
-from sopdeploy_export.triton import write_triton
+from sopdeploy_export.triton import Model, write_triton
 from tests.support.service import deciding
 from tests.tensorrt.networks import CLASSES, SIDE, some_images, write
 
@@ -39,7 +41,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def config_of(bundle: Bundle, folder: Path) -> Any:
-    written = write_triton(bundle, folder / "models")
+    written = write_triton(Model.of_bundle(bundle), folder / "models")
     return text_format.Parse((written / "config.pbtxt").read_text(), SCHEMA.ModelConfig())
 
 
@@ -78,7 +80,7 @@ def test_the_config_matches_the_manifest_and_the_files_the_bundle(
     (cuda,) = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert (cuda.name, dict(cuda.parameters)) == ("cuda", {"use_tf32": "0"})
 
-    written = write_triton(bundle, tmp_path / "models")
+    written = write_triton(Model.of_bundle(bundle), tmp_path / "models")
     value = config.model_warmup[0].inputs["images"]
     raw = (written / "warmup" / value.input_data_file).read_bytes()
 
@@ -133,7 +135,7 @@ def test_a_bundle_that_triton_cannot_serve_is_rejected(bundle: Bundle, tmp_path:
         (broken, r"'b\\nc' does not fit on a line"),
     ):
         with pytest.raises(BundleError, match=message):
-            write_triton(refused, tmp_path / "models")
+            write_triton(Model.of_bundle(refused), tmp_path / "models")
 
     assert not (tmp_path / "models").exists()
 
@@ -153,15 +155,78 @@ def test_writing_twice_is_idempotent_and_other_content_is_kept(
     bundle: Bundle, tmp_path: Path
 ) -> None:
     models = tmp_path / "models"
-    first = write_triton(bundle, models)
+    first = write_triton(Model.of_bundle(bundle), models)
     command = CliRunner().invoke(app, ["triton", str(bundle.path), str(models)])
 
     assert (command.exit_code, command.stderr) == (0, "")
     assert "batches of 1 to 16" in command.stdout
-    assert write_triton(bundle, models) == first
+    assert write_triton(Model.of_bundle(bundle), models) == first
 
     (first / "labels.txt").write_text("mine\n")
     with pytest.raises(BundleError, match="other content"):
-        write_triton(bundle, models)
+        write_triton(Model.of_bundle(bundle), models)
     assert (first / "labels.txt").read_text() == "mine\n"
     assert [path.name for path in models.iterdir()] == [bundle.name]
+
+
+def write_alone(bundle: Bundle, file: Path, **texts: str | None) -> Path:
+    """Write the graph of *bundle* to *file* as the export does, with some *texts* in place of its own."""
+    manifest = bundle.manifest
+    properties = GraphProperties(
+        sopdeploy="1.0",
+        project="alone",
+        labels=bundle.labels,
+        preprocess=manifest.preprocess,
+        batch=manifest.batch,
+        precision=manifest.precision,
+    )
+    graph = onnx.ModelProto.FromString(bundle.onnx.read())
+    changed = {**properties.to_texts(), **texts}
+    onnx.helper.set_model_props(
+        graph, {key: text for key, text in changed.items() if text is not None}
+    )
+    file.write_bytes(graph.SerializeToString())
+    return file
+
+
+def test_a_graph_that_left_its_bundle_keeps_its_classes(bundle: Bundle, tmp_path: Path) -> None:
+    file = write_alone(bundle, tmp_path / "moved.onnx", temperature="0.25")
+    command = CliRunner().invoke(app, ["triton", str(file), str(tmp_path / "models")])
+    assert command.exit_code == 0, command.output
+
+    (written,) = (tmp_path / "models").glob("alone-*")
+    assert (written / "labels.txt").read_text().splitlines() == list(bundle.labels)
+    assert (written / "1" / "model.onnx").read_bytes() == file.read_bytes()
+    assert (written / "warmup" / "image").stat().st_size == SIDE * SIDE * 3
+    config = text_format.Parse((written / "config.pbtxt").read_text(), SCHEMA.ModelConfig())
+    expected = config_of(bundle, tmp_path)
+    for field in ("max_batch_size", "input", "output", "dynamic_batching"):
+        assert getattr(config, field) == getattr(expected, field)
+    assert config.parameters["sopdeploy_temperature"].string_value == "0.25"
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"sopdeploy": None},
+        {"labels": None},
+        {"labels": "[1]"},
+        {"batch": "{"},
+        {"project": '"../x"'},
+    ],
+)
+def test_a_graph_that_does_not_say_what_it_is_is_refused(
+    texts: dict[str, str | None], bundle: Bundle, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError):
+        Model.of_file(write_alone(bundle, tmp_path / "a.onnx", **texts))
+
+
+def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "text.onnx"
+    with pytest.raises(BundleError):
+        Model.of_file(file)
+    file.write_bytes(b"\x08text")
+    command = CliRunner().invoke(app, ["triton", str(file), str(tmp_path / "models")])
+    assert (command.exit_code, command.stderr.count("\n")) == (2, 1)
+    assert not (tmp_path / "models").exists()

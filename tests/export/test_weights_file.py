@@ -35,7 +35,7 @@ from sopdeploy_export.admit import network as admission
 from sopdeploy_export.lower import to_onnx
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
-from sopdeploy_export.triton import write_triton
+from sopdeploy_export.triton import Model, write_triton
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from sopdeploy_service.runtime.tensorrt_cache import Profile, key_fields
@@ -303,7 +303,7 @@ def test_a_bundle_that_was_read_without_its_graph_cannot_give_it(path: Path) -> 
 def test_a_repository_of_triton_has_the_weights_beside_the_graph(
     path: Path, tmp_path: Path
 ) -> None:
-    written = write_triton(open_bundle(path), tmp_path / "models")
+    written = write_triton(Model.of_bundle(open_bundle(path)), tmp_path / "models")
     for name in (GRAPH, GRAPH_DATA):
         assert (written / "1" / name).read_bytes() == (path / name).read_bytes()
 

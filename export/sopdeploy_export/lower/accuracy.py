@@ -34,7 +34,6 @@ from sopdeploy_export.runs import open_session
 
 _BATCH = 8
 MAX_CALIBRATION_IMAGES = 340  # of `calibrate`
-MAX_PHOTOS = 500  # of `evaluate`, whose pixels are compared with those of the training
 PHOTOGRAPHS = 16  # of `evaluate`, whose values must fit float16
 MIN_DISTINCT = 32
 # Standard deviations: a quarter of the logits' variance. Trained networks measure 0.03 to 0.07
@@ -110,12 +109,10 @@ class AccuracyCheck:
                 reading=AS_IT_IS if origin is None else origin.reading,
             )
 
-    def photos(self) -> Iterator[bytes] | None:
-        """Return the image files of `evaluate`; None without that folder."""
+    def photos(self, most: int) -> Iterator[bytes]:
+        """Yield at most *most* image files of `evaluate`, evenly spread; none without that folder."""
         images = self._labeled
-        if images is None:
-            return None
-        positions = evenly_spread(len(images), MAX_PHOTOS).tolist()
+        positions = [] if images is None else evenly_spread(len(images), most).tolist()
         return (images.read(position) for position in positions)
 
     def measure(

@@ -1,6 +1,5 @@
 """The file of an export: the captured network in ONNX, in the precision of the export."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +9,8 @@ import onnx
 from onnxruntime import InferenceSession
 
 from sopdeploy.base.files import GRAPH, GRAPH_DATA
+from sopdeploy.bundle.decision import Decision
+from sopdeploy.bundle.graph_properties import GraphProperties
 from sopdeploy.bundle.onnx_root import NO_WEIGHTS, onnx_root
 from sopdeploy.bundle.sealed import view_file
 from sopdeploy.errors import LoweringError
@@ -88,6 +89,7 @@ def write_file(
     """
     parts = subject.detachment.training_only
     preprocess = subject.preprocess
+    divided = subject.decision or Decision()
     user_images = NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
 
     with TemporaryDirectory(dir=folder.parent) as temporary:
@@ -105,12 +107,16 @@ def write_file(
         shipped_root = root
         if options.precision != "fp32":
             shipped_root = onnx_root(converted.model, _weights_in(folder))
-        properties = {
-            "labels": json.dumps(subject.labels, ensure_ascii=False),
-            "preprocess": preprocess.model_dump_json(),
-            "sopdeploy": __version__,
-        }
-        onnx.helper.set_model_props(converted.model, properties)
+        properties = GraphProperties(
+            sopdeploy=__version__,
+            project=subject.project,
+            labels=subject.labels,
+            preprocess=preprocess,
+            batch=options.batch,
+            precision=options.precision,
+            temperature=divided.temperature if divided.divides_logits else 1.0,
+        )
+        onnx.helper.set_model_props(converted.model, properties.to_texts())
         (folder / GRAPH).write_bytes(converted.model.SerializeToString(deterministic=True))
 
         # Free the weights before the runtime loads them again.

@@ -5,7 +5,7 @@ with what preprocessing rules give, through the decoding of the server (`sopdepl
 layer of the graph (`Deployed`), and counts the classes that change.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 
@@ -29,6 +29,9 @@ from sopdeploy_export.pixels.transform import Transform
 _COMPARED = (*UPRIGHT, EXIF)
 _OTHER_KINDS = (GRAY, CMYK, ALPHA)  # whose conversion no rules describe
 _BATCH = 8
+# Photos of the user whose classes are compared: few if only rounding differs, which seldom changes a class
+_MOST_PHOTOS = 500
+_FEW_PHOTOS = 4
 
 
 class TrainedPixels:
@@ -78,29 +81,34 @@ class TrainedPixels:
         return {kind: self.colors.to_levels(tensor) for kind, tensor in self.tensors.items()}
 
     def find_rules(self, start: Preprocess | None = None) -> Preprocess | None:
-        """Return the rules that give these pixels, found from *start*; None if no rules do."""
-        return find_rules(self.levels, self.colors, start, takes_files=self.takes_files)
+        """Return the rules that give these pixels, from its steps or from *start*; None if no rules do."""
+        steps, _ = self._read_steps
+        for likely in [start] if steps is None else [steps, start]:
+            rules = find_rules(self.levels, self.colors, likely, takes_files=self.takes_files)
+            if rules is not None:
+                return rules
+        return None
+
+    @cached_property
+    def _read_steps(self) -> tuple[Preprocess | None, str]:
+        """The rules that the steps of torchvision or timm say; None and why not, if they say none."""
+        if self.transform.library not in ("torchvision", "timm"):
+            return None, ""
+        try:
+            return Preprocess.from_torchvision(self.transform.call), ""
+        except ConfigError as error:
+            return None, f" ({error.message})"
 
     def read_rules(self) -> Preprocess:
         """Return the rules that give these pixels; raises `ConfigError` if no rules do."""
         rules = self.find_rules()
         if rules is None:
             raise ConfigError(
-                f"no preprocessing rules give its pixels{self._name_step()}; give the nearest ones as preprocess",
+                f"no preprocessing rules give its pixels{self._read_steps[1]}; give the nearest ones as preprocess",
                 setting="transform",
                 value=self.transform.name,
             )
         return rules
-
-    def _name_step(self) -> str:
-        """Name the step of a transform of torchvision that rules cannot say; "" if none is known."""
-        if self.transform.library not in ("torchvision", "timm"):
-            return ""
-        try:
-            Preprocess.from_torchvision(self.transform.call)
-        except ConfigError as error:
-            return f" ({error.message})"
-        return ""
 
     def describe(self, rules: Preprocess) -> tuple[str, ...]:
         """Say how these pixels differ from those of *rules*; empty if only rounding differs."""
@@ -128,7 +136,7 @@ class TrainedPixels:
         )
         return (
             *describe_differences(own_colors, rules),
-            f"gives pixels that differ by {by}, which no rules explain{self._name_step()}",
+            f"gives pixels that differ by {by}, which no rules explain{self._read_steps[1]}",
         )
 
     def measure(self, rules: Preprocess, *, as_served: bool = False) -> dict[str, Difference]:
@@ -169,12 +177,16 @@ class TrainedPixels:
 class PixelCheck:
     """Compares *trained* pixels with those of the rules of a network, and its classes for both.
 
-    *photos* are files of the user, on which classes are counted; without them, those of this package.
-    Pixels that differ are an error unless they are *allowed*.
+    *photos* returns at most so many files of the user, on which classes are counted; without it, those of this
+    package are. Pixels that differ are an error unless they are *allowed*.
     """
 
     def __init__(
-        self, trained: TrainedPixels, photos: Iterable[bytes] | None, *, allowed: bool
+        self,
+        trained: TrainedPixels,
+        photos: Callable[[int], Iterator[bytes]] | None,
+        *,
+        allowed: bool,
     ) -> None:
         self.trained = trained
         self.allowed = allowed
@@ -194,12 +206,13 @@ class PixelCheck:
         if pixels differ by more than rounding.
         """
         differences = self.trained.describe(rules)
-        photos = self._photos
-        if photos is None:
-            photos = [draw_photo(kind, self.trained.side) for kind in self.trained.kinds]
+        if self._photos is None:
+            photos = (draw_photo(kind, self.trained.side) for kind in self.trained.kinds)
+        else:
+            photos = self._photos(_MOST_PHOTOS if differences else _FEW_PHOTOS)
         is_changed = [
             changed
-            for batch in _batches(iter(photos))
+            for batch in _batches(photos)
             for changed in _are_changed(
                 network, self.trained.transform, rules, batch, several_classes=several_classes
             )

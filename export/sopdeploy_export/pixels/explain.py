@@ -31,6 +31,7 @@ _RATIOS = (
 )
 _WIDEST = 1.5
 _STEP = 8
+_UNDIVIDED = 2 / 255  # a smaller standard deviation is one of values from 0 to 255
 _FITS = {
     "crop": "crops the center after the shorter side became {resize} pixels",
     "squash": "squashes images to a square",
@@ -89,10 +90,13 @@ def find_rules(
 
     # The square, by a wide and a tall photo; then how it is resized, by a large one.
     found: dict[str, Any] = best(_squares(rules_with(), levels), WIDE, TALL)
-    found |= best(_filters(found), WIDE, LARGE)
+    found |= best(
+        _filters({**rules_with().model_dump(include={"antialias", "interpolation"}), **found}),
+        WIDE,
+        LARGE,
+    )
     if not difference(rules_with(**found), WIDE).is_rounding and "crop" in found["fit"]:
         found |= best(_sizes(found, side, difference, rules_with), WIDE)
-        found |= best(_filters(found), WIDE, LARGE)
 
     # Whether it turns a photo by EXIF.
     if takes_files:
@@ -115,7 +119,8 @@ def _squares(start: Preprocess, levels: Levels) -> Iterator[dict[str, Any]]:
 
 
 def _filters(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the ways to resize, with what was *found* before."""
+    """Yield the ways to resize, with what was *found* before; the way in *found* comes first."""
+    yield {**found}
     for antialias in (True, False):
         for interpolation in ("bilinear", "bicubic"):
             yield {**found, "antialias": antialias, "interpolation": interpolation}
@@ -127,13 +132,17 @@ def _sizes(
     difference: Callable[..., Difference],
     rules_with: Callable[..., Preprocess],
 ) -> Iterator[dict[str, Any]]:
-    """Yield unusual sizes before the crop: the nearest of every eighth one, and those beside it."""
+    """Yield unusual sizes before the crop, with each way to resize: near the best of every eighth size.
+
+    Sizes a pixel apart differ by less than two ways to resize, so neither can be found without the other.
+    """
     sizes = range(side, int(_WIDEST * side) + 1, _STEP)
     nearest = min(
         sizes, key=lambda size: difference(rules_with(**{**found, "resize": size}), WIDE)
     )
-    for size in range(max(side, nearest - _STEP), nearest + _STEP + 1):
-        yield {**found, "resize": size}
+    beside = range(max(side, nearest - _STEP), nearest + _STEP + 1)
+    for size in sorted(beside, key=lambda size: abs(size - nearest)):
+        yield from _filters({**found, "resize": size})
 
 
 def describe_differences(own: Preprocess, rules: Preprocess) -> tuple[str, ...]:
@@ -147,7 +156,7 @@ def describe_differences(own: Preprocess, rules: Preprocess) -> tuple[str, ...]:
             theirs, ours = getattr(own, name), getattr(rules, name)
             if not np.allclose(theirs, ours, rtol=1e-3, atol=1e-3):
                 sentences.append(
-                    f"has the {title} {_values(theirs)}, these rules {_values(ours)}"
+                    f"has the {title} {_colors(name, theirs)}, these rules {_colors(name, ours)}"
                 )
     if own.color_order != rules.color_order:
         sentences.append(f"gives {own.color_order}, these rules {rules.color_order}")
@@ -181,6 +190,12 @@ def describe_differences(own: Preprocess, rules: Preprocess) -> tuple[str, ...]:
             else "does not turn images by EXIF, these rules do"
         )
     return tuple(sentences)
+
+
+def _colors(field: str, values: tuple[float, ...]) -> str:
+    """Write *values* of a *field* for pixels from 0 to 1, and whether they are for pixels from 0 to 255 instead."""
+    is_divided = field != "std" or max(values) > _UNDIVIDED
+    return _values(values) + ("" if is_divided else " (values are not divided by 255)")
 
 
 def _values(values: tuple[float, ...]) -> str:

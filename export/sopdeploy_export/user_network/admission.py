@@ -165,7 +165,8 @@ def _warn_of_cosines(trained: Compared, logits: Tensor) -> tuple[str, ...]:
     largest = 1 / (1 + (logits.shape[1] - 1) * math.exp(-2))
     return (
         f"the logits seem to be cosines, from -1 to 1: no probability can be above {100 * largest:.0f} %; return "
-        "them multiplied by the scale of the training",
+        "them multiplied by the scale of the training, or fit one with sopdeploy eval BUNDLE --data IMAGES "
+        "--fit-decision bundles",
     )
 
 

@@ -155,7 +155,9 @@ def export_network(
     accuracy_check = check_photos(options, preprocess, tuple(labels), decision)
     pixel_check = None
     if trained_pixels is not None:
-        photos = None if accuracy_check is None else accuracy_check.photos()
+        photos = None
+        if accuracy_check is not None and options.evaluate is not None:
+            photos = accuracy_check.photos
         pixel_check = PixelCheck(trained_pixels, photos, allowed=allow_other_pixels)
         pixel_check.check_size(preprocess)
         rules_warnings += trained_pixels.warn_of_kinds(preprocess)

@@ -1,7 +1,7 @@
 """The pixels of a training, compared with those of a server: every usual transform, and every usual mistake."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,16 @@ TRANSFORMS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "timm": (
         timm.data.create_transform(**TIMM, crop_pct=0.9),
         {"resize": 35, "interpolation": "bicubic"},
+    ),
+    "timm, a size that is found with its filter": (
+        timm.data.create_transform((3, 96, 96), interpolation="bicubic", crop_pct=0.95),
+        {"crop": 96, "resize": 101, "interpolation": "bicubic"},
+    ),
+    "a function of an unusual size": (
+        lambda image: compose(transforms.Resize(43, BICUBIC), transforms.CenterCrop(SIDE))(
+            image
+        ),
+        {"resize": 43, "interpolation": "bicubic"},
     ),
     "timm, squashed": (
         timm.data.create_transform(**TIMM, crop_pct=1.0, crop_mode="squash"),
@@ -271,13 +281,13 @@ class Brightness(nn.Module):
         return torch.stack([mean, -mean], 1)
 
 
-def plain_photos(*levels: int) -> list[bytes]:
+def plain_photos(*levels: int) -> Callable[[int], Iterator[bytes]]:
     files = []
     for level in levels:
         file = io.BytesIO()
         Image.new("RGB", (50, 40), (level,) * 3).save(file, "PNG")
         files.append(file.getvalue())
-    return files
+    return lambda most: iter(files[:most])
 
 
 def test_changed_classes_are_counted() -> None:
@@ -327,3 +337,11 @@ def test_fast_decoding_is_no_other_transform(tmp_path: Path) -> None:
     fast = Preprocess(**{**RULES.model_dump(), "decoding": "fast"})
     assert trained.describe(fast) == ()
     assert max(trained.measure(fast, as_served=True).values()).mean < 20
+
+
+def test_few_photos_are_enough_where_only_rounding_differs() -> None:
+    photos = plain_photos(*range(0, 250, 10))
+    trained = TrainedPixels(Transform(compose(*center())))
+    for rules, count in ((RULES, 4), (Preprocess(resize=40, crop=SIDE), 25)):
+        check = PixelCheck(trained, photos, allowed=True)
+        assert check.run(Brightness(), rules, several_classes=False).num_images == count

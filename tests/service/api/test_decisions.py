@@ -218,7 +218,7 @@ def test_an_evaluation_with_labels_csv_has_the_probabilities_of_the_server(
         lines.append(f"{number}.jpg,{shown}")
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     settings = Settings(threads=1)
-    names, ours, _ = scores_of_bundle(
+    names, ours, *_ = scores_of_bundle(
         multi_label_path, tmp_path, settings=settings, on_image=lambda *_: None
     )
 

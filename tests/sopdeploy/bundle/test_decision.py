@@ -21,6 +21,7 @@ from sopdeploy.bundle.decision import (
     log_sum_exp,
     most_probable,
 )
+from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.decision_fit import (
     describe_weakness,
@@ -41,6 +42,7 @@ from sopdeploy.weights.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from sopdeploy_commands.verify import verify
 from tests.sopdeploy.training.runs import SMALL, paint
 
 Predictions = tuple[NDArray[np.float64], NDArray[np.int64]]
@@ -231,6 +233,35 @@ def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> N
     assert fitted.log_loss == pytest.approx(found.decision.calibration.loss_after)
 
 
+def test_a_bundle_is_fitted_like_its_checkpoint(home: Path) -> None:
+    exported = sopdeploy.export(home / "ckpt.pt", home / "exported").path
+    before = open_bundle(exported)
+    of_checkpoint = sopdeploy.evaluate(
+        home / "ckpt.pt", home / "photos", fit_decision=home / "again.pt"
+    ).decision
+    found = sopdeploy.evaluate(exported, home / "photos", fit_decision=home / "new")
+
+    assert of_checkpoint is not None
+    assert found.decision is not None
+    assert found.decision.temperature == pytest.approx(of_checkpoint.temperature, rel=1e-3)
+    assert found.fitted is not None
+    assert found.fitted.parent == home / "new"
+
+    # The graph stays, the decision divides its logits, and everything is signed and described again.
+    after = open_bundle(found.fitted)
+    assert after.manifest.decision == found.decision.for_trained_logits()
+    assert after.onnx.read() == before.onnx.read()
+    assert after.name != before.name
+    assert verify(found.fitted).id == after.manifest.id
+    card = (found.fitted / "README.md").read_text(encoding="utf-8")
+    assert all(f"- {key}: {text}\n" in card for key, text in found.decision.rows())
+
+    metrics = sopdeploy.evaluate(found.fitted, home / "photos").metrics
+    assert metrics.log_loss == pytest.approx(found.decision.calibration.loss_after, rel=1e-3)
+    again = sopdeploy.evaluate(found.fitted, home / "photos", fit_decision=home / "new")
+    assert again.decision == found.decision
+
+
 def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
     decision = Decision(activation="sigmoid", thresholds=(0.5, 0.5))
     write_checkpoint(
@@ -255,13 +286,24 @@ def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
     assert fitted.thresholds != decision.thresholds
 
 
+CALIBRATION = Calibration(
+    temperature=2, loss_before=1, loss_after=0.5, num_images=80, estimated_on="held-out"
+)
 PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
     "the checkpoint itself": ({"fit_decision": "ckpt.pt"}, "fit_decision"),
     "no images to accept": ({"accepts": 0.0}, "accepts"),
     "mirror images": ({"mirror": True}, "fit_decision"),
     "few images": ({"data": "few"}, "fit_decision: .*2 images"),
     "no checkpoint": ({"source": "x.pt"}, "x.pt: "),
-    "a bundle": ({"source": "bundle"}, "fit_decision: .*bundle"),
+    "a damaged bundle": ({"source": "bundle"}, "bundle"),
+    "a file in place of bundles": (
+        {"source": "exported", "fit_decision": "ckpt.pt"},
+        "fit_decision",
+    ),
+    "a bundle with the temperature of its training": (
+        {"source": "divided", "fit_decision": "more"},
+        "fit_decision",
+    ),
 }
 
 
@@ -275,6 +317,13 @@ def test_an_error_is_one_line_and_writes_nothing(
         Image.new("RGB", (8, 8)).save(home / "few" / label / "0.png")
     (home / "bundle").mkdir(exist_ok=True)
     (home / "bundle" / "manifest.json").touch()
+    if changes.get("source") in ("exported", "divided"):
+        decision = (
+            None if changes["source"] == "exported" else Decision(calibration=CALIBRATION)
+        )
+        checkpoint = replace(read_checkpoint(home / "ckpt.pt"), decision=decision)
+        write_checkpoint(home / "source.pt", checkpoint)
+        changes = {**changes, "source": sopdeploy.export(home / "source.pt", "exports").path}
     files = {path.name: path.stat().st_mtime_ns for path in home.glob("*.pt")}
     arguments = {"source": "ckpt.pt", "data": "photos", "fit_decision": "new.pt", **changes}
     with pytest.raises(SopdeployError, match=message) as caught:
