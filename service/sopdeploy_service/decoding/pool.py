@@ -312,7 +312,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
             return
 
         # Check the header.
-        number, kind, bits, size = child.REPLY.unpack_from(self._reply)
+        number, kind, bits, size = child.REPLY.unpack_from(self._reply.data)
         is_expected = kind == request.expected_kind
         sizes = request.sizes if is_expected else range(child.MAX_MESSAGE + 1)
         end = child.REPLY.size + size
