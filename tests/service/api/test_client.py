@@ -91,7 +91,7 @@ def infer_input(name: str, values: np.ndarray, datatype: str, binary: bool) -> A
 def equal(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
     answers = [bundle.manifest.rules.answer(row) for row in logits]
     named = [name_classes(answer, bundle.labels, ())["classes"] for answer in answers]
-    return named == [tuple(classes) for classes in classified]
+    return named == list(classified)
 
 
 @pytest.mark.parametrize(
