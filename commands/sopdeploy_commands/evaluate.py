@@ -124,7 +124,7 @@ def _show(evaluation: Evaluation) -> None:
     examples=(
         "sopdeploy eval runs/latest/best.pt --data test-photos",
         "sopdeploy eval ckpt.pt --data test-photos --fit-decision fitted.pt",
-        "sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos --fit-decision bundles",
+        "sopdeploy eval bundles/resnet50-3f6c01d2a4b7 --data test-photos --fit-decision bundles",
         "sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos --set mirror=true",
     ),
 )
@@ -242,5 +242,8 @@ def _check_options(source: Path, kind: str, options: EvaluateOptions) -> None:
         message = f"is the evaluated {kind}; give another place"
         raise ConfigError(message, setting="fit_decision", value=fitted)
     if fitted is not None and kind == "bundle":
+        if fitted.is_file():
+            message = "is a file, but the copy of a bundle needs a folder; give another place"
+            raise ConfigError(message, setting="fit_decision", value=fitted)
         check_takes_output(fitted, "fit_decision")
         check_can_be_fitted(read_manifest(source))

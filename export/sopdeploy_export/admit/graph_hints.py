@@ -6,7 +6,22 @@ from torch.fx import Node
 
 # Operators that begin a normalization of the network itself
 _SHIFTS_AND_SCALES = ("sub", "div", "mul", "add")
-_NO_CHANGE = ("permute", "contiguous", "clone", "to", "_to_copy", "index_select", "sum")
+# Operators that may come before it, because they change no values, or only the size
+_NO_CHANGE = {
+    *(
+        "permute",
+        "contiguous",
+        "clone",
+        "to",
+        "_to_copy",
+        "index_select",
+        "sum",
+        "view",
+        "reshape",
+    ),
+    *("alias", "detach", "flip", "index", "upsample_bilinear2d", "_upsample_bilinear2d_aa"),
+    *("upsample_bicubic2d", "_upsample_bicubic2d_aa"),
+}
 _OWN_LAYER = "normalise"  # of `Deployed`
 # What `torch.nn.functional.normalize` and its like compute
 _NORMS = ("linalg_vector_norm", "linalg_norm", "norm", "rsqrt")
@@ -26,8 +41,9 @@ def normalizes_itself(program: ExportedProgram) -> bool:
     }
     node = next(node for node in program.graph.nodes if node.name in signature.user_inputs)
 
-    while len(node.users) == 1:
-        node = next(iter(node.users))
+    # Checks of torch.export use a value, too, but nothing uses them.
+    while len(users := [user for user in node.users if user.users]) == 1:
+        (node,) = users
         operator = _name_of(node)
         is_own = any(isinstance(each, Node) and each.name in own for each in node.args)
         if is_own or operator in _NO_CHANGE:
@@ -50,10 +66,12 @@ def _name_of(node: Node) -> str:
 
 
 def _is_per_channel(value: object) -> bool:
-    """Tell whether *value* is a number or a stored tensor with one number, or one for each of three channels."""
+    """Tell whether *value* is a number, or a tensor with one number or with one for each of three channels."""
     if isinstance(value, int | float):
         return True
-    if not isinstance(value, Node) or value.op not in ("placeholder", "get_attr"):
-        return False
-    tensor = value.meta.get("val")
-    return isinstance(tensor, Tensor) and tensor.numel() in (1, 3)
+    tensor = value.meta.get("val") if isinstance(value, Node) else None
+    if not isinstance(tensor, Tensor) or not all(
+        isinstance(side, int) for side in tensor.shape
+    ):
+        return False  # a size that follows the batch
+    return tensor.numel() in (1, 3)

@@ -73,7 +73,7 @@ def measure_colors(transform: Transform) -> Colors:
     order = _find_order(transform, shares)
     std = 1 / span.double()
     mean = -black.double() * std
-    return Colors(_shorten(mean), _shorten(std), order)
+    return Colors(_shorten(mean), _shorten(std, least=0), order)
 
 
 def _run(transform: Transform, color: tuple[int, int, int]) -> Tensor:
@@ -112,14 +112,17 @@ def _no_rules(transform: Transform, problem: str) -> ConfigError:
     )
 
 
-def _shorten(values: Tensor) -> tuple[float, ...]:
-    """Return *values* with the fewest decimals that are exact within the error of float32."""
+def _shorten(values: Tensor, least: float = 1) -> tuple[float, ...]:
+    """Return *values* with the fewest decimals that are exact within the error of float32.
+
+    The error is a share of the value, or of *least* if the value is smaller.
+    """
     return tuple(
         next(
             (
                 round(value, digits) + 0.0  # without the sign of zero
                 for digits in _DIGITS
-                if abs(round(value, digits) - value) <= _EXACT * max(1, abs(value))
+                if abs(round(value, digits) - value) <= _EXACT * max(least, abs(value))
             ),
             value,
         )

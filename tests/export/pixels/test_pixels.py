@@ -149,6 +149,10 @@ TRANSFORMS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         of_array_in_bgr,
         {"fit": "squash", "antialias": False, "color_order": "BGR"},
     ),
+    "an array of levels": (
+        lambda image: 255 * sampled(np.array(image)),
+        {"fit": "squash", "antialias": False, "mean": (0.0,), "std": (1 / 255,)},
+    ),
     "a dict": (of_albumentations, {"fit": "squash", "antialias": False}),
     "a processor": (Processor(), {}),
     "a path": (of_path, {}),
@@ -185,6 +189,7 @@ def test_the_rules_are_read_from_the_transform(name: str) -> None:
 MISTAKES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "mean": ("torchvision, squashed", {"fit": "squash"}, ("mean 0.5", "deviation 0.5")),
     "values": ("torchvision, values from 0 to 1", {}, ("mean 0", "deviation 1")),
+    "levels": ("an array of levels", {"fit": "squash", "antialias": False}, ("mean 0", "255")),
     "squash": ("torchvision", {"fit": "squash"}, ("crops", "squashes")),
     "size before the crop": ("torchvision", {"resize": 40}, ("36", "40")),
     "size": ("torchvision", {"crop": 30}, ("32 x 32",)),
@@ -205,7 +210,7 @@ def test_the_cause_of_other_pixels_is_told(name: str) -> None:
     rules = Preprocess(**{**RULES.model_dump(), **fields})
     told = TrainedPixels(Transform(TRANSFORMS[transform][0])).describe(rules)
     assert all(any(word in sentence for sentence in told) for word in words)
-    assert len(told) == (2 if name in ("mean", "values") else 1)
+    assert len(told) == (2 if name in ("mean", "values", "levels") else 1)
 
 
 def blurred(image: Image.Image) -> Tensor:
