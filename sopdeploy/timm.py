@@ -12,6 +12,7 @@ In train mode, a network with auxiliary heads returns `JoinedHeads`, so that a l
 runs a script, such as timm's own for training, after the registration.
 """
 
+import importlib
 import runpy
 import sys
 from typing import TYPE_CHECKING, Any
@@ -80,16 +81,17 @@ def register() -> None:
     for name in NAMES:
         if not is_model(name):
 
-            def build(*, _name: str = name, **options: Any) -> "Classifier":
+            def entrypoint(*, _name: str = name, **options: Any) -> "Classifier":
                 return create(_name, **options)
 
-            build.__name__ = name
-            register_model(build)
+            entrypoint.__name__ = name
+            register_model(entrypoint)
 
 
 if __name__ == "__main__":
-    import sopdeploy.timm  # noqa: F401 # registers under this name
-
+    importlib.import_module(
+        "sopdeploy.timm"
+    )  # registers the functions of the module of this name
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
 else:

@@ -23,6 +23,10 @@ FOR_LIBRARIES = {
     "STATEMENT",
     # onnxruntime
     "get_next",
+    # timm
+    "group_matcher",
+    "no_weight_decay",
+    "set_grad_checkpointing",
     # TensorRT
     "phase_finish",
     "phase_start",

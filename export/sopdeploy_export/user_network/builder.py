@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sopdeploy.errors import ConfigError, first_line
-from sopdeploy.models.registry import CATALOG
 from sopdeploy.models.timm_networks import import_timm
 from sopdeploy_export.options import Takes
 from sopdeploy_export.pixels.transform import Transform
@@ -88,8 +87,7 @@ def _find_timm(import_path: str) -> Callable[..., Any] | None:
     package, _, name = import_path.partition(":")
     if package != TIMM or hasattr(importlib.import_module(TIMM), name):  # timm:create_model
         return None
-    if name.replace("_", "-") in CATALOG:
-        importlib.import_module("sopdeploy.timm")
+    importlib.import_module("sopdeploy.timm")  # registers networks
     return partial(import_timm(name).create_model, name)
 
 

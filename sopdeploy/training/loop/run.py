@@ -130,7 +130,7 @@ def _tell_branch_shares(
         return
     listed = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
     callback.on_message(
-        f"gradient of the auxiliary branches in shared layers, relative to that of the main head: {listed}"
+        f"gradient of the auxiliary branches in shared layers, as a share of the main head's: {listed}"
     )
     if not is_trained:
         return
@@ -145,7 +145,7 @@ def _tell_branch_shares(
     if weak:
         callback.on_warning(
             f"auxiliary branches that will hardly teach the network: {', '.join(weak)}. Their gradient in "
-            f"shared layers is below {MIN_SHARE:g} of that of the main head; raise model.config.aux_weights"
+            f"shared layers is below {MIN_SHARE:g} of the main head's; raise model.config.aux_weights"
         )
 
 
