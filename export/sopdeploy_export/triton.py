@@ -173,10 +173,12 @@ def _record_of(value: "onnx.ValueInfoProto") -> TensorRecord:
     """Describe the input or output *value* of a graph; raises `ValueError` for a type that no bundle has."""
     tensor = value.type.tensor_type
     dtypes = {number: name for name, number in ONNX_TYPES.items()}
-    return TensorRecord(
-        name=value.name,
-        dtype=dtypes.get(tensor.elem_type, ""),
-        shape=tuple(side.dim_value or None for side in tensor.shape.dim),
+    return TensorRecord.model_validate(
+        {
+            "name": value.name,
+            "dtype": dtypes.get(tensor.elem_type, "another type"),
+            "shape": tuple(side.dim_value or None for side in tensor.shape.dim),
+        }
     )
 
 

@@ -206,6 +206,7 @@ class PixelCheck:
         if pixels differ by more than rounding.
         """
         differences = self.trained.describe(rules)
+        photos: Iterator[bytes]
         if self._photos is None:
             photos = (draw_photo(kind, self.trained.side) for kind in self.trained.kinds)
         else:
