@@ -12,11 +12,13 @@ from PIL import Image, PngImagePlugin
 
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.metrics import ImageScore, Rate
+from sopdeploy.html.notebook import notebook_table
 from sopdeploy.html.plots import plot
 from sopdeploy.report.page import _choose_mistakes
-from sopdeploy.training.records.results import LoopResult, describe_for_page, read_result
+from sopdeploy.training.records.results import LoopResult, describe_for_page
 from sopdeploy.training.settings.recipe import Recipe, read_recipe
 from sopdeploy.weights.checkpoint import read_checkpoint
+from sopdeploy_commands.predict import predict
 from tests.sopdeploy.training.runs import short_recipe, train_with_page
 from tests.support.pages import ALLOWED, Reader, charts
 
@@ -118,18 +120,39 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(
     assert set(links) == set(anchors)
 
 
-def test_the_predictions_of_all_images_are_a_table(run: Path) -> None:
+def test_the_predictions_of_all_images_are_a_table(run: Path, page: str) -> None:
     with (run / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    result = read_result(read_checkpoint(run / "best.pt").training)
-    assert isinstance(result, LoopResult)
     right = sum(row["label"] == row["predicted"] for row in rows)
+    matrix = re.findall(r'class="number right" style="[^"]*"><bdi>(\d+)</bdi>', page)
 
-    assert (right, len(rows)) == (result.top1.right, result.count)
+    assert (right, len(rows)) == (sum(map(int, matrix)), 52)
     assert all(
         (row["confidence"] == row["likelihood"]) >= (row["label"] == row["predicted"])
         for row in rows
     )
+
+
+def test_a_notebook_shows_the_confusion_and_a_checkpoint_predicts(
+    tmp_path: Path, few_digits: None
+) -> None:
+    result = train_with_page(short_recipe(), tmp_path / "run")
+    predictions = result.predictions()
+    counts = result.confusion()
+    right = sum(one.label == one.predicted for one in predictions)
+    assert sum(counts[label][label] for label in counts) == right
+    assert sum(sum(row.values()) for row in counts.values()) == len(predictions)
+
+    shown = Reader(result._repr_html_())
+    assert sum(name == "td" for name, _ in shown.met) == 10 * 11
+    assert HOSTILE not in notebook_table(HOSTILE, [HOSTILE], [[HOSTILE]])
+
+    # PyTorch predicts the pixels of an image as the evaluation did.
+    pixels = np.full((20, 20, 3), 200, np.uint8)
+    [found] = predict(result.best, [pixels], top_k=10)
+    assert {one.label for one in found.classes} == set(counts)
+    assert sum(one.probability for one in found.classes) == pytest.approx(1, abs=1e-3)
+    assert found.classes[0].label in predict(result.best, [pixels])._repr_html_()
 
 
 def test_classes_are_shown_with_samples_the_lowest_recall_first(page: str) -> None:
@@ -204,11 +227,12 @@ def test_the_page_calls_scores_too_high_if_images_selected_the_epoch(selected_by
 
 
 def test_the_page_begins_with_the_accuracy_and_the_next_command(run: Path, page: str) -> None:
-    header = page[page.index("<header>") : page.index("</header>")]
-    sentences = re.findall("<p>(.*)</p>", header.partition("<details")[0])
+    first = page[page.index("<main>") : page.index("</section>")]
+    sentences = re.findall('<p(?: class="lead")?>(.*)</p>', first.partition("<details")[0])
+    assert re.search(r'<p class="headline">[\d.]+\s% accuracy</p>', first)
     assert re.fullmatch(r"Top-1 [\d.]+ % \(95 % interval \d+ to \d+ %\) of .*\.", sentences[0])
     assert page.count(sentences[0][5:30]) == 2  # also in the folded section about learning
-    assert sentences[-1] == f"Next: <code>sopdeploy export {run / 'best.pt'} --detach</code>"
+    assert sentences[-2] == f"Next: <code>sopdeploy export {run / 'best.pt'} --detach</code>"
 
     matrix = page[page.index("Confusion matrix") :].partition("</table>")[0]
     cells = re.findall("<tr>(<th scope=.row.[^>]*>.*)</tr>", matrix)

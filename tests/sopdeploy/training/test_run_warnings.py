@@ -132,7 +132,7 @@ def test_page_list_card_and_result_have_the_same_warnings_and_scores(
 
     # The same warnings everywhere, first on the page.
     page = html.unescape((result.out / "report.html").read_text("utf-8"))
-    header = page.partition("<header>")[2].partition("<dl>")[0]
+    header = page.partition("<main>")[2].partition("<dl>")[0]
     assert all(warning in header for warning in told)
     assert ('<ul class="warnings">' in header) == bool(told)
 
