@@ -50,7 +50,16 @@ class HoldOut(DataOptions):
 
 
 class DataSource(HoldOut):
-    """Base class of the options of a data source that a plug-in adds; the field `kind` is its name."""
+    """Base class of the options of a data source that a plug-in adds; the field `kind` is its name.
+
+    Examples:
+        >>> from typing import Literal
+        >>> class Shards(sopdeploy.DataSource):
+        ...     kind: Literal["shards"]
+        ...     paths: tuple[str, ...] = ()
+        >>> Shards(kind="shards").hold_out
+        0.2
+    """
 
     def open(self, log: Log) -> Split:
         """Open the training and held-out images (`Split.undivided` if there are none of these).

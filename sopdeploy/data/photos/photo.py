@@ -111,6 +111,23 @@ class LabeledImages(ABC):
         groups: Images with equal values (N,) show one object or one burst and are never divided; None if no
             groups are known.
         PER_IMAGE: Names of the attributes (N, ...) of which `select` keeps a part.
+
+    Examples:
+        >>> class Files(sopdeploy.LabeledImages):
+        ...     PER_IMAGE = ("paths", *sopdeploy.LabeledImages.PER_IMAGE)
+        ...
+        ...     def __init__(self, paths, labels, targets):
+        ...         self.paths, self.labels, self.targets = paths, labels, targets
+        ...
+        ...     def read(self, index):
+        ...         return open(self.paths[index], "rb").read()
+        ...
+        ...     def identity(self, index):
+        ...         return str(self.paths[index])
+        >>> import numpy as np
+        >>> images = Files(np.array(["a.jpg", "b.jpg"]), ("cat", "dog"), np.array([0, 1]))
+        >>> images.select(images.targets == 1).identity(0)
+        'b.jpg'
     """
 
     labels: tuple[str, ...]
@@ -287,6 +304,14 @@ class Split:
     about what the user may not have intended, such as files and folders that are not used.
     `left_out` are the unusable images that are no longer in the parts, and `reading` says how
     a folder was read.
+
+    Examples:
+        >>> import numpy as np
+        >>> from sopdeploy.data.photos.photo import ArrayImages
+        >>> pixels = np.zeros((4, 8, 8), np.uint8)
+        >>> images = ArrayImages(("dark", "bright"), pixels, np.arange(4) % 2)
+        >>> len(sopdeploy.Split.undivided(images).held_out)
+        0
     """
 
     train: LabeledImages
