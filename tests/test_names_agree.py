@@ -17,6 +17,7 @@ TREES = {
 
 # What a library calls or reads by its name
 FOR_LIBRARIES = {
+    "_repr_html_",
     # FastAPI
     "get_route_handler",
     # docs/generate_operations.py

@@ -122,9 +122,10 @@ def _draw(draw: Callable[[Any], None], height: float) -> str:
     """Let *draw* fill the axes of a chart that is *height* inches high; return its `data:` URL."""
     import matplotlib as mpl  # noqa: PLC0415  # half a second, and most commands draw nothing
     from matplotlib.figure import Figure as Drawing  # noqa: PLC0415
+    from matplotlib.rcsetup import cycler  # noqa: PLC0415
 
     file = io.BytesIO()
-    style = {**_STYLE, "axes.prop_cycle": mpl.cycler(color=_COLORS)}
+    style = {**_STYLE, "axes.prop_cycle": cycler(color=_COLORS)}
     with mpl.rc_context(style), warnings.catch_warnings(action="ignore"):
         # The warnings are of characters without a glyph, which remain text.
         drawing = Drawing(figsize=(_WIDTH, height), layout="constrained")

@@ -238,11 +238,13 @@ def _show_classes(
         # The first image and the one in the middle, which are seldom copies.
         chosen = members[:: max(1, -(-len(members) // _SAMPLES))].tolist()
         photos = (_encode(train, index, _CARD_SIDE) for index in chosen)
-        text = amount(counts[label], "image")
+        facts = amount(counts[label], "image")
         recall = recalls.get(label)
         if recall is not None:
-            text += f", recall {percent(recall, 0)}"
-        cards.append(Card(title=label, text=text, share=recall, images=[*filter(None, photos)]))
+            facts += f", recall {percent(recall, 0)}"
+        cards.append(
+            Card(title=label, text=facts, share=recall, images=[*filter(None, photos)])
+        )
 
     more = len(labels) - len(cards)
     text = (

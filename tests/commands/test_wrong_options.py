@@ -18,7 +18,6 @@ EARLY_MISTAKES = {
     "train --data nowhere": "nowhere: ",
     "train --data on": "did you mean one?",
     "train --data https://x.org/photos": "https:/x.org/photos: ",
-    "train --data one --set data.classes_from=folder": "did you mean folders?",
     "help train": "sopdeploy train --help",
     "help trian": "sopdeploy --help",
     "eval nothing.pt --data one": "nothing.pt: ",

@@ -79,6 +79,16 @@ def test_a_classifier_trains_on_the_whole_sample_and_a_loop_on_half_of_it(
     assert names_of(leave_out_deciding(few_shot, opened)) == all_names - {kept[0]}
 
 
+@pytest.mark.parametrize(("named", "meant"), [("folder", "folders"), ("path", "paths")])
+def test_a_misspelled_reading_is_no_regular_expression(
+    tmp_path: Path, named: str, meant: str
+) -> None:
+    for label in ("cat", "dog"):
+        write_photos(tmp_path, label, ["1.jpg", "2.jpg"])
+    with pytest.raises(DataError, match=rf"\b{meant}\b"):
+        open_folder(tmp_path, classes_from=named)
+
+
 def names_of(split: Split) -> set[str]:
     return {Path(split.train.identity(index)).name for index in range(len(split.train))}
 
