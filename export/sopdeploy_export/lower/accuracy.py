@@ -112,8 +112,9 @@ class AccuracyCheck:
     def photos(self, most: int) -> Iterator[bytes]:
         """Yield at most *most* image files of `evaluate`, evenly spread; none without that folder."""
         images = self._labeled
-        positions = [] if images is None else evenly_spread(len(images), most).tolist()
-        return (images.read(position) for position in positions)
+        if images is not None:
+            for position in evenly_spread(len(images), most).tolist():
+                yield images.read(position)
 
     def measure(
         self,
