@@ -324,6 +324,7 @@ NOT_AT_ONCE = {
     "FewShotResult.strength",
     "FewShotResult.tuning",
     "FewShotResult.unknown",
+    "Origin.out_of_fold",
     "PrecisionReport.accuracy",
     "Tuning.first",
     "Tuning.losses",

@@ -151,7 +151,7 @@ def verify(
             jpeg, manifest.preprocess, max_bytes=len(jpeg), max_pixels=PILLOW_PIXELS
         )
         with translating_errors(loaded.runtime):
-            differs = check_golden(
+            differs, is_changed = check_golden(
                 example,
                 decoded.pixels,
                 run,
@@ -159,7 +159,7 @@ def verify(
                 manifest.preprocess,
             )
             levels = max(levels, differs)
-            num_changed += bool(run(decoded.pixels).argmax() != example.logits.argmax())
+            num_changed += is_changed
 
     return Verification(
         bundle=opened.name,

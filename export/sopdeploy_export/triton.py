@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sopdeploy.base.files import GRAPH, GRAPH_DATA, os_reason, sha256
+from sopdeploy.base.files import GRAPH, GRAPH_DATA, os_reason, read_file, sha256
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.graph_properties import GraphProperties
 from sopdeploy.bundle.manifest import BatchRange, Precision, TensorRecord
@@ -30,6 +30,7 @@ _BLOCK = 1 << 20
 _ID_DIGITS = 12  # as many as a bundle has in its name
 TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 WARMUP = "image"
+MAX_FILE_BYTES = 2**31 - 1  # of a graph, the limit of protobuf
 _LABELS = "labels.txt"
 
 
@@ -76,14 +77,14 @@ class Model:
     def of_file(cls, path: Path) -> "Model":
         """Describe the graph in the file *path* by its `metadata_props`, with a black image.
 
-        Weights that do not fit into it are beside it. Raises `BundleError` if it is no graph that the
-        export wrote.
+        Weights that do not fit into it are beside it. Raises `BundleError` for a graph that the
+        export did not write.
         """
         import onnx  # noqa: PLC0415 # takes a second, and a bundle does not need it
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # noqa: PLC0415
 
         try:
-            content = path.read_bytes()
+            content = read_file(path, MAX_FILE_BYTES)
             graph = onnx.ModelProto.FromString(content)
             texts = {item.key: item.value for item in graph.metadata_props}
             properties = GraphProperties.of_texts(texts)

@@ -417,7 +417,8 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
         facts = problem["ctx"]
         kinds = re.findall(r"'([^']*)'", facts["expected_tags"])
         if near := did_you_mean(str(facts["tag"]), kinds):
-            return f"no {facts['discriminator'].strip(chr(39))} {shown(facts['tag'])}; {near}"
+            name = facts["discriminator"].strip("'")
+            return f"no {name} {shown(facts['tag'])}; {near} All: {facts['expected_tags']}"
 
     value = problem["input"]
     is_table = isinstance(value, Mapping | pydantic.BaseModel)

@@ -208,10 +208,10 @@ def check_golden(
     run: RunOne,
     exporter: str | None,
     preprocess: Preprocess,
-) -> int:
+) -> tuple[int, bool]:
     """Compare *pixels* that were decoded here with those of *example*, and its logits with those of *run*.
 
-    Returns by how many of 255 levels the pixels differ at most.
+    Returns by how many of 255 levels the pixels differ at most, and whether they change the class.
 
     *run* gets the pixels of the example. *exporter* is the version of Pillow that the export
     used, if it is known. Raises `ParityError` for logits outside of the tolerance, and for pixels that
@@ -244,4 +244,4 @@ def check_golden(
             f"{f'Pillow {exporter}' if exporter else 'the version'}, which the export used; install "
             "the wheel of this version from PyPI, or export the bundle again"
         )
-    return levels
+    return levels, bool(run(pixels).argmax() != example.logits.argmax())

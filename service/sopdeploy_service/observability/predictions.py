@@ -45,7 +45,7 @@ class Predicted:
 class DailyShares:
     """The predictions of each bundle in each hour; methods run on the event loop.
 
-    A promoted bundle begins anew: that it predicts other shares than the bundle before is no drift.
+    A promoted bundle begins anew: other shares than those of the bundle before do not count as drift.
     """
 
     def __init__(self) -> None:

@@ -35,7 +35,7 @@ def test_a_threshold_leaves_the_images_below_it_to_a_person() -> None:
     assert cells["0.5"] == ("1 (25\N{NO-BREAK SPACE}%)", "2 of 3", "66.7\N{NO-BREAK SPACE}%")
 
 
-@pytest.mark.parametrize(("count", "figures"), [(1, 0), (199, 0), (200, 2)])
+@pytest.mark.parametrize(("count", "figures"), [(1, 1), (199, 1), (200, 3)])
 def test_curves_need_enough_images(count: int, figures: int) -> None:
     confidences = np.linspace(0.5, 1.0, count).tolist()
     scores = scores_of(confidences, [number % 3 > 0 for number in range(count)])

@@ -579,4 +579,6 @@ def test_a_recipe_to_fine_tune_begins_with_the_features_that_were_loaded(
 
     if recipe.procedure.kind == "loop":  # the others begin with the closed form of their heads
         assert not logits.any()
-    assert (maps - expected).norm() < 0.2 * expected.norm()
+    # The blocks of GSoP begin open, because closed ones do not learn.
+    limit = {"gsop": 1.0}.get(family, 0.2)
+    assert (maps - expected).norm() < limit * expected.norm()

@@ -101,7 +101,7 @@ def test_the_history_has_every_loss_and_the_callback_receives_every_event(finish
     epoch = ["step"] * 6 + ["evaluation"] * 2 + ["epoch"]
     # After three epochs, a branch can be at chance, which is a warning.
     assert [name for name, _ in events if name != "warning"] == [
-        *["message"] * 2,
+        *["message"] * 3,
         *epoch * 3,
         *["evaluation"] * 2,
     ]
