@@ -6,8 +6,7 @@ of their variance plus the mean variance. This removes what the images of a clas
 the cosine of two copies stays large, that of two similar objects becomes small. An image has
 several views: the vector of the whole image, and those of parts of it, which find its crops.
 Copies that are turned by quarters are found by small gray images in eight orientations
-(`find_turned`). Images that look alike are near each other by chains, and copies are not: a group
-is joined only while no two of its images are clearly different (`_link`).
+(`find_turned`). A group is a connected component.
 
 Letters: N images, K images of a block, P pairs, V views, D components of a vector.
 """
@@ -28,10 +27,9 @@ from sopdeploy.images.metadata import NO_TIME
 Groups = NDArray[np.int64]  # a number per image
 _Parts = Sequence[NDArray[np.float32]]  # vectors (N, D_i) of N images, in one or several parts
 COPY = 0.5  # whitened cosine of copies (`sopdeploy/training/README.md`)
-# The smallest cosine of two images of a group: of two copies of a photograph, 5 % have less than 0.27
-NEAR = 0.3
-ONE_GROUP = 0.9  # share of a class from which on its images that are connected look alike
-MAX_LINKED = 4096  # images that are linked at once; of more, those of different parts are not
+# Share of a class that no group may reach, and the number of its images
+ONE_GROUP = 0.9
+MIN_ONE_GROUP = 8
 _BLOCK = 1024  # images whose similarities are computed at once
 _COSINES = 2**25  # similarities that are computed at once: 128 MiB
 # Among more images, only equal files are found without features, and no turned ones
@@ -77,20 +75,17 @@ def find_near_duplicates(
     first_N = np.sort(np.unique(hashes, return_index=True)[1])
     whole = [part[:, 0] for part in views]
     whiten = _fit_whitening([part[first_N] for part in whole])
-    first_views = [part[first_N] for part in views]
-    pairs = _find_similar(first_views, whiten)
-    turned = find_turned(small[first_N]) if len(first_N) <= MAX_COMPARED else NO_PAIRS
-    pairs = np.concatenate([pairs, turned], axis=1)
+    pairs = _find_similar([part[first_N] for part in views], whiten)
+    if len(first_N) <= MAX_COMPARED:
+        pairs = np.concatenate([pairs, find_turned(small[first_N])], axis=1)
     if parts is not None:
         parts_N = parts[first_N]
         pairs = pairs[:, parts_N[pairs[0]] != parts_N[pairs[1]]]
 
-    # The images of a class of which nearly all are connected look alike; none are copies.
+    # The images of a class of which nearly all would be one group look alike; none are copies.
     class_N = number_classes(targets)
     is_alike_N = _are_one_group(connect(len(first_N), pairs), class_N[first_N])
     pairs = pairs[:, ~is_alike_N[pairs].any(axis=0)]
-    if parts is None:
-        pairs = _link(pairs, turned, first_views, whiten)
 
     return NearDuplicates(
         first_N[pairs], np.isin(class_N, class_N[first_N[is_alike_N]]), whiten(whole)
@@ -131,75 +126,12 @@ def _find_similar(
     return np.stack(np.divmod(numbers, count))
 
 
-def _link(
-    pairs: NDArray[np.intp],
-    turned: NDArray[np.intp],
-    views: Sequence[NDArray[np.float32]],
-    whiten: Callable[[_Parts], NDArray[np.float32]],
-) -> NDArray[np.intp]:
-    """Join the images of *pairs* (2, P), the most similar first, while all of a group are `NEAR`.
-
-    This is single linkage with the limit of complete linkage: each image has a copy in its group,
-    and no two are clearly different. Returns pairs (2, Q) of the first image of a group with each of
-    the others. The *turned* pairs (2, T) are equal. *views* and *whiten* are those of `_find_similar`.
-    """
-    linked = [NO_PAIRS]
-    components_N = connect(len(views[0]), pairs)
-    sizes = np.bincount(components_N)
-    for component in np.flatnonzero(sizes > 1).tolist():
-        members = np.flatnonzero(components_N == component)
-        for start in range(0, len(members), MAX_LINKED):
-            part = members[start : start + MAX_LINKED]
-            groups = _link_component(_compare(part, turned, views, whiten))
-            first_G = np.unique(groups, return_index=True)[1]
-            linked.append(np.stack([part[first_G[groups]], part]))
-    joined = np.concatenate(linked, axis=1)
-    return joined[:, joined[0] < joined[1]]
-
-
-def _compare(
-    images: NDArray[np.intp],
-    turned: NDArray[np.intp],
-    views: Sequence[NDArray[np.float32]],
-    whiten: Callable[[_Parts], NDArray[np.float32]],
-) -> NDArray[np.float32]:
-    """Compute the largest cosine (n, n) of a view of one of *images* (n,) and the whole of another; 1 if *turned*."""
-    whole = whiten([part[images, 0] for part in views])
-    cosines = np.full((len(images), len(images)), -1.0, np.float32)
-    for view in range(views[0].shape[1]):
-        of_view = whiten([part[images, view] for part in views]) @ whole.T
-        np.maximum(cosines, np.maximum(of_view, of_view.T), out=cosines)
-    position = {image: index for index, image in enumerate(images.tolist())}
-    for one, other in turned.T.tolist():
-        if one in position and other in position:
-            cosines[position[one], position[other]] = 1.0
-            cosines[position[other], position[one]] = 1.0
-    return cosines
-
-
-def _link_component(cosines: NDArray[np.float32]) -> Groups:
-    """Group n images by their *cosines* (n, n): the nearest first, while all of a group are `NEAR`."""
-    one, other = np.nonzero(np.triu(cosines >= COPY, 1))
-    nearest_first = np.argsort(-cosines[one, other], kind="stable")
-    lowest = cosines.copy()  # of two groups, which are named by their first image
-    groups = np.arange(len(cosines))
-    for first, second in zip(
-        one[nearest_first].tolist(), other[nearest_first].tolist(), strict=True
-    ):
-        kept, joined = sorted((int(groups[first]), int(groups[second])))
-        if kept != joined and lowest[kept, joined] >= NEAR:
-            groups[groups == joined] = kept
-            lowest[kept] = np.minimum(lowest[kept], lowest[joined])
-            lowest[:, kept] = lowest[kept]
-    return np.unique(groups, return_inverse=True)[1].astype(np.int64)
-
-
 def _are_one_group(groups: Groups, classes: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Tell of each image (N,) whether nearly all images of its class, *classes* (N,), are one group."""
     is_one_group_N = np.zeros(len(classes), np.bool_)
     for label in np.unique(classes):
         members = np.flatnonzero(classes == label)
-        if len(members) > 1:
+        if len(members) >= MIN_ONE_GROUP:
             largest = np.bincount(groups[members]).max()
             is_one_group_N[members] = largest >= ONE_GROUP * len(members)
     return is_one_group_N

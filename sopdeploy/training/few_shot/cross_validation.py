@@ -62,8 +62,6 @@ class CrossValidation:
         clips: What was found about clips.
         copies: The photograph (N,) that each image shows; copies have the same.
         judged: The indices of the images that the score counts.
-        score_apart: The score if images that look alike are different photographs, as far as that is not
-            known; None if none look alike, and with several classes per image.
         folds, logits: The folds (N,) of the first cross-validation, and the logits (N, K) of images
             without their fold, or that of `judge_few_apart`.
         all_folds: The folds (N,) of all cross-validations.
@@ -85,7 +83,6 @@ class CrossValidation:
     clips: Clips
     copies: Indices
     judged: Indices
-    score_apart: Rate | None
     folds: Indices
     all_folds: Sequence[Indices]
     logits: Array
@@ -100,21 +97,13 @@ class CrossValidation:
         None if each image has one class and they show fewer than two.
         """
         targets = self.problem.targets
-        apart = self.score_apart
         if len(np.unique(targets.strata[self.judged])) < 2 and targets.activation == "softmax":
-            return apart
+            return None
         classes = targets.classes[self.judged]
         num_folds = int(self.folds.max()) + 1
         logits = self.logits[self.judged]
         groups = self.groups[self.judged]
-        score = estimate_score(
-            classes, targets.activation, logits, self.seed, groups, num_folds
-        )
-        if apart is None or isinstance(score, MeanPrecision):
-            return score
-        # Nobody but the user knows whether images that look alike are copies: the interval covers both.
-        low, high = min(score.low, apart.low), max(score.high, apart.high)
-        return score.model_copy(update={"low": low, "high": high})
+        return estimate_score(classes, targets.activation, logits, self.seed, groups, num_folds)
 
 
 def cross_validate(
@@ -179,12 +168,6 @@ def cross_validate(
         judged_once = problem.cross_validate(judging_folds_N)
     logits_NK = problem.logits(judged_once, scaling)
 
-    score_apart = None
-    if targets.activation == "softmax":
-        score_apart = _score_apart(
-            settings, options, images, features, grouping, problem, scaling
-        )
-
     # The exported network shifts the logits of an image so that their energy, the log-sum-exp, is
     # its cosine to the nearest class mean. After `log_softmax`, the energy is 0.
     shifted_NK = logits_NK
@@ -208,7 +191,6 @@ def cross_validate(
         ),
         clips=grouping.clips,
         judged=judged,
-        score_apart=score_apart,
         folds=first_folds_N,
         all_folds=folds_of_validations,
         logits=logits_NK,
@@ -225,14 +207,12 @@ class _Grouping(NamedTuple):
     Attributes:
         copies: The photograph (N,) that each image shows.
         groups: The groups (N,) by copies, clips and what the user groups.
-        apart: The groups (N,) if images that look alike are different photographs.
         alike: Whether the images (N,) of the class look alike (`NearDuplicates`).
         clips: What is known of clips.
     """
 
     copies: Indices
     groups: Indices
-    apart: Indices
     alike: NDArray[np.bool_]
     clips: Clips
 
@@ -256,45 +236,7 @@ def _group_images(
     # Copies, without pairs that would join two clips, and all groups together.
     copies_N = connect(count, clips.select_pairs(near.pairs), features.hashes)
     groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
-    apart_N = connect(count, NO_PAIRS, features.hashes, clips.groups)
-    return _Grouping(copies_N, groups_N, apart_N, near.alike, clips)
-
-
-def _score_apart(
-    settings: FeatureSettings,
-    options: HeadOptions,
-    images: LabeledImages,
-    features: Features,
-    grouping: _Grouping,
-    problem: LinearProblem,
-    scaling: Scaling,
-) -> Rate | None:
-    """Score heads of *problem* as if images that look alike were different photographs; None if none look alike."""
-    targets = problem.targets
-    apart_N = grouping.apart
-    if apart_N.max() == grouping.groups.max() or not apart_N.any():
-        return None
-    _, first_image_G = np.unique(apart_N, return_index=True)
-    keys_N = [features.hashes[image] for image in first_image_G[apart_N].tolist()]
-    folds_N = judge_few_apart(
-        targets, make_folds(targets, keys_N, options.folds, settings.seed)[0], apart_N
-    )
-    equal_N = connect(len(images), NO_PAIRS, features.hashes)
-    judged = _choose_judged(images, targets, equal_N, apart_N)
-    if len(np.unique(targets.strata[judged])) < 2:
-        return None
-
-    logits_NK = problem.logits(problem.cross_validate(folds_N), scaling)
-    num_folds = int(folds_N.max()) + 1
-    score = estimate_score(
-        targets.classes[judged],
-        targets.activation,
-        logits_NK[judged],
-        settings.seed,
-        apart_N[judged],
-        num_folds,
-    )
-    return score if isinstance(score, Rate) else None
+    return _Grouping(copies_N, groups_N, near.alike, clips)
 
 
 def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> list[Indices]:

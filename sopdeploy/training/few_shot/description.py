@@ -27,7 +27,6 @@ CHANCE = 0.4
 MIN_CONFUSED = 3
 # ratio of the largest class to the smallest from which on the result says how it is corrected
 UNEVEN = 1.5
-MIN_DIFFERENCE = 0.01  # of two accuracies that are both told
 
 
 def describe_run(
@@ -72,20 +71,12 @@ def describe_run(
     if label_logits is not None and not len(setup.data.held_out):
         without_doubted = _score_without_doubted(validation, is_doubted_N, label_logits)
 
-    # If images that look alike are not copies, the accuracy is another one.
-    apart = validation.score_apart
-    if_different = None
-    if isinstance(score, Rate) and apart is not None and not len(setup.data.held_out):
-        differs = abs(apart.share - score.share) >= MIN_DIFFERENCE
-        if_different = apart.share if differs else None
-
     # What the classifier reads.
     head = validation.features.head
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
 
     return FewShotResult(
         top1=score if isinstance(score, Rate) else None,
-        if_different=if_different,
         map=score if isinstance(score, MeanPrecision) else None,
         estimated_on="held-out" if len(setup.data.held_out) else "cross-validation",
         class_counts=counts,

@@ -268,8 +268,6 @@ class FewShotResult(StrictModel):
     Attributes:
         top1: Accuracy with its 95 % interval (`score.estimate_score`); `None` with several classes per
             image, and if fewer than two classes have images that can be judged.
-        if_different: Accuracy if images that look like copies are different photographs, where it differs from
-            `top1` by a point or more; the interval of `top1` covers both.
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the validation images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
@@ -306,7 +304,6 @@ class FewShotResult(StrictModel):
     )
     kind: Literal["few_shot"] = "few_shot"
     top1: Rate | None = None
-    if_different: Fraction | None = None
     map: MeanPrecision | None = None
     estimated_on: Estimate
     class_counts: dict[str, int]
@@ -400,19 +397,9 @@ class FewShotResult(StrictModel):
         if self.map is None and score.low <= majority:
             comparison = f'; always predicting "{label}" gives {100 * majority:.0f} %'
 
-        # Only the user knows whether images that look alike are copies.
-        if_copies = ""
-        how_to_say = ""
-        if self.if_different is not None:
-            if_copies = f" if the look-alikes are copies, {100 * self.if_different:.1f} % if they are not"
-            how_to_say = (
-                "; if each shows another object, add --set procedure.kind=few_shot "
-                "--set procedure.group_copies=false"
-            )
-
         return (
-            f"{name} {100 * score.value:.1f} %{if_copies} (95 % interval {_interval(score)} %{comparison}), "
-            f"{origin} {score.count} {images}{self._describe_without_doubted()}{how_to_say}"
+            f"{name} {100 * score.value:.1f} % (95 % interval {_interval(score)} %{comparison}), "
+            f"{origin} {score.count} {images}{self._describe_without_doubted()}"
         )
 
     def _describe_without_doubted(self) -> str:
