@@ -44,9 +44,8 @@ def create(
         options.pop(option, None)
     if options.pop(IN_CHANS, 3) != 3:
         raise ConfigError(f"{IN_CHANS}: must be 3, the number of colors")
-    if not options.get(
-        "drop_rate", 1
-    ):  # the default of timm's script, for networks without dropout
+    # The default of timm's script is 0, also for networks without dropout.
+    if not options.get("drop_rate", 1):
         del options["drop_rate"]
 
     network = create_model(NAMES[name], num_classes or None, pretrained=pretrained, **options)

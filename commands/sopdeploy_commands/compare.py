@@ -111,9 +111,9 @@ class BundleComparison(StrictModel):
         """Say which gains pass in 8 of 10 cases with so many images, and with more, if as many answers differ."""
         changed = (self.wins + self.losses + 1) / (self.num_images + 2)
         more = max(100, 4 * self.num_images)
-        given = self.tolerance / narrow_tolerance(1.0, self.num_images)
+        largest = self.tolerance / narrow_tolerance(1.0, self.num_images)
         gains = [
-            100 * passing_gain(changed, count, narrow_tolerance(given, count))
+            100 * passing_gain(changed, count, narrow_tolerance(largest, count))
             for count in (self.num_images, more)
         ]
         return (

@@ -9,7 +9,7 @@ import pydantic
 
 from sopdeploy.base.config import Options
 from sopdeploy.bundle.decision import ACCEPTS, Decision
-from sopdeploy.bundle.folder import follow_link, read_manifest
+from sopdeploy.bundle.folder import follow_link, open_bundle, read_manifest
 from sopdeploy.bundle.publication import check_can_be_fitted, publish_decision
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import err, plain_text, print_field, print_table, say
@@ -183,7 +183,6 @@ def evaluate(
 
     # A bundle is scored in its runtime as it serves, a checkpoint in torch.
     if kind == "bundle":
-        from sopdeploy.bundle.folder import open_bundle
         from sopdeploy_commands.scores import scores_of_bundle
         from sopdeploy_service.settings import load_settings
 

@@ -8,13 +8,21 @@ Triton batches requests in the sizes that the bundle was verified for, rejects r
 waited too long, and is ready only after warm-up batches have run.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sopdeploy.base.files import GRAPH, GRAPH_DATA, os_reason, read_file, sha256
+from sopdeploy.base.files import (
+    BLOCK_BYTES,
+    GRAPH,
+    GRAPH_DATA,
+    os_reason,
+    read_file,
+    sha256,
+)
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.graph_properties import GraphProperties
 from sopdeploy.bundle.manifest import BatchRange, Precision, TensorRecord
@@ -26,7 +34,6 @@ if TYPE_CHECKING:
     import onnx
 
 ONNX_TYPES = {"uint8": 2, "float32": 1, "int64": 7}  # of TensorProto
-_BLOCK = 1 << 20
 _ID_DIGITS = 12  # as many as a bundle has in its name
 TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 WARMUP = "image"
@@ -67,7 +74,7 @@ class Model:
             outputs=manifest.outputs,
             batch=manifest.batch,
             precision=manifest.precision,
-            temperature=rules.temperature if rules.divides_logits else 1.0,
+            temperature=rules.divisor,
             onnx_sha256=manifest.files[GRAPH].sha256,
             files={name: bundle.blocks(name) for name in manifest.graph_files},
             warmup=read_probes(bundle).images[0].tobytes(),
@@ -107,7 +114,7 @@ class Model:
                     f"{path}: its weights are in {GRAPH_DATA}; put it beside the file"
                 )
             files[GRAPH_DATA] = _blocks_of(weights)
-        digest = sha256(path)
+        digest = hashlib.sha256(content).hexdigest()
         side = properties.preprocess.crop
         return cls(
             path=path,
@@ -186,7 +193,7 @@ def _record_of(value: "onnx.ValueInfoProto") -> TensorRecord:
 def _blocks_of(path: Path) -> Iterator[bytes]:
     """Read the file *path* in parts."""
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(BLOCK_BYTES):
             yield block
 
 

@@ -207,6 +207,11 @@ class Decision(StrictModel):
         """Divisor of the network's logits; 1 if none was fitted."""
         return 1.0 if self.calibration is None else self.calibration.temperature
 
+    @property
+    def divisor(self) -> float:
+        """What the logits of the network must still be divided by."""
+        return self.temperature if self.divides_logits else 1.0
+
     def for_trained_logits(self) -> "Decision":
         """Return this decision for the logits of the trained network, which it divides by the temperature."""
         return self.model_copy(update={"divides_logits": self.temperature != 1})

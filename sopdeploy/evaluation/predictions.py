@@ -32,9 +32,8 @@ MAX_MATRIX_CLASSES = 30
 MAX_CONFUSIONS = 15
 _MAX_OPEN_CLASSES = 20  # more are folded
 MIN_CURVE = 200  # images from which on curves say something
-MAX_OPEN_MATRIX = (
-    15  # classes; a larger matrix is folded, and the frequent mistakes stand beside the photos
-)
+# Classes; a larger matrix is folded, and the frequent mistakes stand beside the photos
+MAX_OPEN_MATRIX = 15
 _MAX_POINTS = 60  # of a curve
 _NUM_PARTS = 8  # of the images by confidence
 

@@ -89,9 +89,7 @@ class TimmMethods(Backbone):
         and branches, is in the last group.
         """
         stem = "|".join(part.replace(".", r"\.") for part in self.stem_parts)
-        stage, _, _ = self.stage_names[0].rpartition(
-            self.stage_names[0][-1]
-        )  # without its number
+        stage = self.stage_names[0][:-1]  # without its number
         blocks = rf"^{stage}(\d+)".replace(".", r"\.")
         return {"stem": rf"^(?:{stem})\.", "blocks": blocks if coarse else rf"{blocks}\.(\d+)"}
 

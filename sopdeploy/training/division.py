@@ -57,18 +57,29 @@ class Division(NamedTuple):
     num_seen: int = 0
 
 
+def recorded_sample(images: LabeledImages) -> list[int]:
+    """List the positions of a server's random sample among *images*; empty if a bundle cannot record so many."""
+    sampled = [
+        index
+        for index in range(len(images))
+        if is_sampled(PurePath(images.identity(index)).name)
+    ]
+    return sampled if len(sampled) <= MAX_RECORDED else []
+
+
 def leave_out_deciding(recipe: Recipe, opened: Split) -> Split:
     """Leave half of a server's random sample out of the training images *opened*, to decide in `compare`.
 
     The few-shot procedure answers each photo out of fold and records this in the bundle, so that it
-    leaves none out, unless the sample has more than `MAX_RECORDED` photos. Nor is a photo of a class left out
+    leaves none out, unless they are too many for the record (`recorded_sample`). Nor is a photo of a class left out
     that would have fewer than two.
     """
     images = opened.train
     names = [PurePath(images.identity(index)).name for index in range(len(images))]
-    records_all = sum(map(is_sampled, names)) <= MAX_RECORDED
     decides_N = np.asarray([decides(name) for name in names], np.bool_)
-    if not decides_N.any() or (isinstance(recipe.procedure, FewShotConfig) and records_all):
+    if not decides_N.any() or (
+        isinstance(recipe.procedure, FewShotConfig) and recorded_sample(images)
+    ):
         return opened
 
     if not images.is_multi_label:

@@ -8,20 +8,10 @@ from torch.fx import Node
 _SHIFTS_AND_SCALES = ("sub", "div", "mul", "add")
 # Operators that may come before it, because they change no values, or only the size
 _NO_CHANGE = {
-    *(
-        "permute",
-        "contiguous",
-        "clone",
-        "to",
-        "_to_copy",
-        "index_select",
-        "sum",
-        "view",
-        "reshape",
-    ),
-    *("alias", "detach", "flip", "index", "upsample_bilinear2d", "_upsample_bilinear2d_aa"),
-    *("upsample_bicubic2d", "_upsample_bicubic2d_aa"),
-}
+    "permute", "contiguous", "clone", "to", "_to_copy", "index_select", "sum", "view", "reshape", "alias",
+    "detach", "flip", "index", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d",
+    "_upsample_bicubic2d_aa",
+}  # fmt: skip
 _OWN_LAYER = "normalise"  # of `Deployed`
 # What `torch.nn.functional.normalize` and its like compute
 _NORMS = ("linalg_vector_norm", "linalg_norm", "norm", "rsqrt")

@@ -89,7 +89,7 @@ def write_file(
     """
     parts = subject.detachment.training_only
     preprocess = subject.preprocess
-    divided = subject.decision or Decision()
+    decision = subject.decision or Decision()
     user_images = NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
 
     with TemporaryDirectory(dir=folder.parent) as temporary:
@@ -114,7 +114,7 @@ def write_file(
             preprocess=preprocess,
             batch=options.batch,
             precision=options.precision,
-            temperature=divided.temperature if divided.divides_logits else 1.0,
+            temperature=decision.divisor,
         )
         onnx.helper.set_model_props(converted.model, properties.to_texts())
         (folder / GRAPH).write_bytes(converted.model.SerializeToString(deterministic=True))

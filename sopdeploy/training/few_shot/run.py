@@ -13,16 +13,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.base.project import MAX_RECORDED
 from sopdeploy.bundle.decision import Decision, sigmoid
 from sopdeploy.data.photos.file_checks import describe_contradictions
-from sopdeploy.data.photos.kept import is_sampled
 from sopdeploy.data.photos.photo import LabeledImages
 from sopdeploy.evaluation.decision_fit import (
     explain_missing_threshold,
@@ -45,6 +42,7 @@ from sopdeploy.training.distributed import (
     TrainingStoppedError,
     handle_signals,
 )
+from sopdeploy.training.division import recorded_sample
 from sopdeploy.training.few_shot.cross_validation import (
     CrossValidation,
     cross_validate,
@@ -106,12 +104,8 @@ def _record_answers(setup: Setup, fit: FewShotFit) -> Setup:
     answer is -1, as `Origin` says.
     """
     images = setup.data.train
-    sampled = [
-        index
-        for index in range(len(images))
-        if is_sampled(PurePath(images.identity(index)).name)
-    ]
-    if setup.origin is None or images.is_multi_label or not 0 < len(sampled) <= MAX_RECORDED:
+    sampled = recorded_sample(images)
+    if setup.origin is None or images.is_multi_label or not sampled:
         return setup
 
     targets = images.targets.astype(np.int64)
