@@ -418,7 +418,9 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
         kinds = re.findall(r"'([^']*)'", facts["expected_tags"])
         if near := did_you_mean(str(facts["tag"]), kinds):
             name = facts["discriminator"].strip("'")
-            return f"no {name} {shown(facts['tag'])}; {near} Choose among {facts['expected_tags']}"
+            return (
+                f"no {name} {shown(facts['tag'])}; {near} Choose among {facts['expected_tags']}"
+            )
 
     value = problem["input"]
     is_table = isinstance(value, Mapping | pydantic.BaseModel)
